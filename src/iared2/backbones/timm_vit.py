@@ -1,0 +1,262 @@
+"""Adapter for timm's `VisionTransformer`: DeiT, AugReg, DeiT-III, DINOv2, CLIP and SigLIP towers, and kin."""
+
+import copy
+
+import torch
+from jaxtyping import Float, Int
+from timm.layers import DiffAttention, DropPath, PatchDropout
+from timm.layers.attention import Attention
+from timm.models import vision_transformer as vit
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from iared2.backbones.base import Attended, BackboneAdapter, BlockCost, drop_path_per_image, register_adapter
+from iared2.errors import UnsupportedBackboneError
+from iared2.tokens.attention import attend
+from iared2.tokens.packed import PackedTokens, pack, to_grid
+
+ATTENTIONS = (Attention, DiffAttention)
+BLOCKS = (vit.Block, vit.ResPostBlock, vit.ParallelScalingBlock, vit.DiffParallelScalingBlock, vit.ParallelThingsBlock)
+POOLS = ("", "token", "avg", "avgmax", "max", "map", "prr")
+
+
+class TimmViTAdapter(BackboneAdapter):
+    """Runs a timm `VisionTransformer` on packed tokens."""
+
+    @classmethod
+    def missing(cls, module: nn.Module) -> str | None:
+        if not isinstance(module, vit.VisionTransformer):
+            return "not a timm VisionTransformer"
+        for name in ("patch_embed", "_pos_embed", "blocks", "norm", "forward_head"):
+            if not hasattr(module, name):
+                return f"has no {name!r}"
+        return None
+
+    def __init__(self, module: nn.Module) -> None:
+        for index, block in enumerate(module.blocks):
+            if type(block) not in BLOCKS:
+                known = ", ".join(kind.__name__ for kind in BLOCKS)
+                raise UnsupportedBackboneError(f"block {index} is a {type(block).__name__}; the adapter knows {known}")
+            for attention in _attentions(block):
+                if type(attention) not in ATTENTIONS:
+                    raise UnsupportedBackboneError(
+                        f"block {index} has an attention of class {type(attention).__name__}; the adapter knows "
+                        + ", ".join(kind.__name__ for kind in ATTENTIONS)
+                    )
+        if module.global_pool not in POOLS:
+            raise UnsupportedBackboneError(f"pooling {module.global_pool!r}; the adapter knows {', '.join(map(repr, POOLS))}")
+        self.module = module
+        self.prefix = module.num_prefix_tokens
+        self.has_class_token = module.cls_token is not None
+        self.width = module.embed_dim
+        self.depth = len(module.blocks)
+        self.heads = _heads(module.blocks[0])
+        self.splits = tuple(isinstance(block, (vit.Block, vit.ResPostBlock)) for block in module.blocks)
+
+    @property
+    def needs_patch(self) -> bool:  # pooling may change with reset_classifier
+        return self.prefix == 0 or (self.module.global_pool != "token" and not self.module.pool_include_prefix)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = self.module.patch_embed.dynamic_feat_size((height, width))
+        return int(rows), int(columns)
+
+    def embed(self, images: Float[Tensor, "B C height width"]) -> PackedTokens:
+        module = self.module
+        x_BSD = module._pos_embed(module.patch_embed(images))
+        origin_BP = None
+        if module.training and isinstance(module.patch_drop, PatchDropout) and module.patch_drop.prob > 0:
+            x_BSD, origin_BP = _drop_patches(module.patch_drop, x_BSD, self.prefix)
+        return pack(module.norm_pre(x_BSD), self.prefix, self.grid(*images.shape[-2:]), origin_BP)
+
+    def attend(self, block: int, tokens: PackedTokens, want_keys: bool = False) -> Attended:
+        module = self.module.blocks[block]
+        if isinstance(module, vit.Block):
+            delta, keys = _attention(module.attn, module.norm1(tokens.x_TD), tokens)
+            delta = _drop_path(module.drop_path1, module.ls1(delta), tokens)
+        elif isinstance(module, vit.ResPostBlock):
+            delta, keys = _attention(module.attn, tokens.x_TD, tokens)
+            delta = _drop_path(module.drop_path1, module.norm1(delta), tokens)
+        elif isinstance(module, vit.ParallelThingsBlock):
+            delta, keys = _parallel_attentions(module, tokens)
+        else:
+            delta, keys = _one_step(module, tokens)
+        return Attended(tokens.with_x(tokens.x_TD + delta), keys if want_keys else None)
+
+    def feed(self, block: int, tokens: PackedTokens) -> PackedTokens:
+        module, x_TD = self.module.blocks[block], tokens.x_TD
+        if isinstance(module, vit.Block):
+            delta = _drop_path(module.drop_path2, module.ls2(_mlp(module.mlp, module.norm2(x_TD))), tokens)
+        elif isinstance(module, vit.ResPostBlock):
+            delta = _drop_path(module.drop_path2, module.norm2(_mlp(module.mlp, x_TD)), tokens)
+        elif isinstance(module, vit.ParallelThingsBlock):
+            deltas = [_drop_path(ffn.drop_path, ffn.ls(_mlp(ffn.mlp, ffn.norm(x_TD))), tokens) for ffn in module.ffns]
+            delta = torch.stack(deltas).sum(0)
+        else:
+            return tokens  # attention and feed-forward ran side by side in `attend`
+        return tokens.with_x(x_TD + delta)
+
+    def norm(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        return self.module.norm(x)
+
+    def head(self, tokens: PackedTokens) -> Tensor:
+        module, layout = self.module, tokens.layout
+        tokens = tokens.with_x(module.norm(tokens.x_TD))
+        if module.global_pool == "token":
+            rows_BL = layout.cu_B1[:-1, None].long() + torch.arange(self.prefix, device=tokens.x_TD.device)
+            return module.forward_head(tokens.x_TD[rows_BL])
+        if layout.uniform is not None and tokens.mass_T is None:
+            return module.forward_head(tokens.x_TD.view(layout.images, layout.uniform, -1))
+        if module.global_pool == "":
+            return module.forward_head(torch.cat(to_grid(tokens), dim=1))
+        pooled_BD = self._pool_ragged(tokens)
+        return module.head(module.head_drop(module.fc_norm(pooled_BD)))
+
+    def _pool_ragged(self, tokens: PackedTokens) -> Float[Tensor, "B D"]:
+        """Pools image by image. Merged tokens are un-merged first, so each patch counts once, as in the dense model."""
+        patches = (to_grid(tokens), tokens.carrier_BN) if tokens.mass_T is not None else None
+        pooled = []
+        for image, (start, stop) in enumerate(zip(tokens.layout.offsets[:-1], tokens.layout.offsets[1:], strict=True)):
+            x_SD = tokens.x_TD[start:stop]
+            if patches is not None:
+                (prefix_BLD, patch_BND), carrier_BN = patches
+                x_SD = torch.cat([prefix_BLD[image], patch_BND[image][carrier_BN[image] >= 0]])
+            pooled.append(self.module.pool(x_SD[None]))
+        return torch.cat(pooled)
+
+    def embed_macs(self, height: int, width: int) -> int:
+        embed = copy.deepcopy(self.module.patch_embed).to("meta")
+        channels = getattr(embed, "in_chans", None) or embed.proj.in_channels
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            embed(torch.empty(1, channels, height, width, device="meta"))
+        return counter.get_total_flops() // 2
+
+    def block_cost(self, block: int) -> BlockCost:
+        module = self.module.blocks[block]
+        pairs = sum(_pair_macs(attention) for attention in _attentions(module)) or _pair_macs(module)
+        return BlockCost(_linear_macs(module), pairs)
+
+    def head_macs(self, tokens: int) -> int:
+        module = self.module
+        pool = 0
+        if module.attn_pool is not None:
+            token_wise = _linear_macs(module.attn_pool.kv) if hasattr(module.attn_pool, "kv") else 0
+            once = _linear_macs(module.attn_pool) - token_wise
+            queries = getattr(module.attn_pool, "latent_len", tokens)
+            pool = tokens * token_wise + once + 2 * queries * tokens * self.width
+        heads = [module.head] + ([module.head_dist] if hasattr(module, "head_dist") else [])
+        return pool + sum(_linear_macs(head) for head in heads)
+
+    def frozen_parameters(self) -> set[str]:
+        stems = ("patch_embed.", "norm_pre.")
+        single = ("cls_token", "dist_token", "reg_token", "pos_embed")
+        return {n for n, _ in self.module.named_parameters() if n.startswith(stems) or n in single}
+
+
+def _attentions(block: nn.Module) -> list[nn.Module]:
+    if isinstance(block, vit.ParallelThingsBlock):
+        return [attention.attn for attention in block.attns]
+    return [block.attn] if hasattr(block, "attn") else []
+
+
+def _heads(block: nn.Module) -> int:
+    return next((attention.num_heads for attention in _attentions(block)), getattr(block, "num_heads", 1))
+
+
+def _mlp(mlp: nn.Module, x_TD: Tensor) -> Tensor:
+    """Feed-forward layers are token-wise, but some of timm's expect a batch axis."""
+    return mlp(x_TD[None]).squeeze(0)
+
+
+def _drop_path(module: nn.Module, x_TD: Tensor, tokens: PackedTokens) -> Tensor:
+    if isinstance(module, DropPath):
+        if module.training and module.drop_prob > 0:
+            return drop_path_per_image(x_TD, module.drop_prob, tokens.layout, module.scale_by_keep)
+        return x_TD
+    return module(x_TD)
+
+
+def _drop_patches(patch_drop: PatchDropout, x_BSD: Tensor, prefix: int) -> tuple[Tensor, Int[Tensor, "B P"]]:
+    """timm's patch dropout, with the places it kept riding along as one more channel."""
+    images, length = x_BSD.shape[:2]
+    place_S = torch.arange(length, device=x_BSD.device, dtype=torch.float32) - prefix
+    kept = patch_drop(torch.cat([x_BSD.float(), place_S.expand(images, length)[..., None]], dim=-1))
+    return kept[..., :-1].to(x_BSD.dtype), kept[:, prefix:, -1].round().long()
+
+
+def _rate(dropout: nn.Module) -> float:
+    return dropout.p if dropout.training else 0.0
+
+
+def _attention(module: nn.Module, x_TD: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+    if isinstance(module, DiffAttention):
+        return _diff_attention(module, x_TD, tokens)
+    gate = module.gate(x_TD).sigmoid() if getattr(module, "gate", None) is not None else None
+    q, k, v = module.qkv(x_TD).view(len(x_TD), 3, module.num_heads, module.head_dim).unbind(1)
+    q, k = module.q_norm(q), module.k_norm(k)
+    out = attend(q, k, v, tokens.layout, tokens.mass_T, _rate(module.attn_drop)).reshape(len(x_TD), -1)
+    out = module.norm(out)
+    if gate is not None:
+        out = out * gate
+    return module.proj_drop(module.proj(out)), k
+
+
+def _differential(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens) -> Tensor:
+    """Two softmax maps per head and their weighted difference (Ye et al. 2024, "Differential Transformer")."""
+    q, k = module.q_norm(q).unflatten(1, (-1, 2)), module.k_norm(k).unflatten(1, (-1, 2))
+    rate = module.attn_drop_p if module.training else 0.0
+    one, two = (attend(q[:, :, i], k[:, :, i], v, tokens.layout, tokens.mass_T, rate) for i in (0, 1))
+    out = one - module._compute_lambda().type_as(q) * two
+    return (module.sub_norm(out) * (1 - module.lambda_init)).flatten(1)
+
+
+def _diff_attention(module: DiffAttention, x_TD: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+    q, k, v = module.qkv(x_TD).chunk(3, dim=-1)
+    q, k = (y.reshape(len(x_TD), 2 * module.num_heads, module.head_dim) for y in (q, k))
+    v = v.reshape(len(x_TD), module.num_heads, 2 * module.head_dim)
+    out = module.norm(_differential(module, q, k, v, tokens))
+    return module.proj_drop(module.proj(out)), module.k_norm(k)
+
+
+def _parallel_attentions(module: vit.ParallelThingsBlock, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+    deltas, keys = [], []
+    for branch in module.attns:
+        delta, key = _attention(branch.attn, branch.norm(tokens.x_TD), tokens)
+        deltas.append(_drop_path(branch.drop_path, branch.ls(delta), tokens))
+        keys.append(key)
+    return torch.stack(deltas).sum(0), torch.cat(keys, dim=1)
+
+
+def _one_step(module: nn.Module, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+    """Blocks whose attention and feed-forward network share one projection (ViT-22B)."""
+    x_mlp, q, k, v = module.in_proj(module.in_norm(tokens.x_TD)).split(module.in_split, dim=-1)
+    if module.mlp_bias is not None:
+        x_mlp = x_mlp + module.mlp_bias
+    if isinstance(module, vit.DiffParallelScalingBlock):
+        q, k = (y.reshape(len(y), 2 * module.num_heads, module.head_dim) for y in (q, k))
+        v = v.reshape(len(v), module.num_heads, 2 * module.head_dim)
+        out, keys = _differential(module, q, k, v, tokens), module.k_norm(k)
+    else:
+        q, k, v = (y.reshape(len(y), module.num_heads, module.head_dim) for y in (q, k, v))
+        q, keys = module.q_norm(q), module.k_norm(k)
+        out = attend(q, keys, v, tokens.layout, tokens.mass_T, _rate(module.attn_drop)).flatten(1)
+    x_mlp = module.mlp_drop(module.mlp_act(x_mlp))
+    if module.out_proj is not None:
+        y = module.out_proj(torch.cat((out, x_mlp), dim=-1))
+    else:
+        y = module.attn_out_proj(out) + module.mlp_out_proj(x_mlp)
+    return _drop_path(module.drop_path, module.ls(y), tokens), keys
+
+
+def _linear_macs(module: nn.Module) -> int:
+    """Multiply-adds per token of all linear layers inside a module."""
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _pair_macs(module: nn.Module) -> int:
+    """Multiply-adds per pair of tokens: q k^T and weights v."""
+    width = module.num_heads * module.head_dim
+    return 4 * width + 2 * width if hasattr(module, "sub_norm") else 2 * width
+
+
+register_adapter("timm_vit", TimmViTAdapter)

@@ -1,0 +1,147 @@
+"""Labelled pictures of one size held in memory as uint8, and batches made from them without decoding."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from iared2.seeds import generator
+
+
+@dataclass(frozen=True)
+class ImageArrays:
+    """n pictures of one size with labels; `targets` may carry a teacher's logits, row for row.
+
+    Attributes:
+        pixels: (n, h, w, 3) uint8.
+        labels: (n,) class indices in the order of `class_ids`.
+        names: one name per picture.
+        class_ids: WordNet ids or folder names, in label order.
+        boxes: (n, 4) ground-truth boxes x0, y0, x1, y1 in pixels (inclusive), where known.
+        targets: (n, classes) logits of a teacher.
+    """
+
+    pixels: UInt8[Tensor, "n h w 3"]
+    labels: Int[Tensor, " n"]
+    names: Sequence[str] = field(default=(), repr=False)
+    class_ids: Sequence[str] = field(default=(), repr=False)
+    boxes: Int[Tensor, "n 4"] | None = None
+    targets: Float[Tensor, "n classes"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def subset(self, count: int, seed: int) -> "ImageArrays":
+        """A fixed random subset of `count` pictures (all of them if there are fewer)."""
+        if count >= len(self):
+            return self
+        chosen = torch.randperm(len(self), generator=generator(seed))[:count].sort().values
+        return replace(
+            self,
+            pixels=self.pixels[chosen],
+            labels=self.labels[chosen],
+            names=[self.names[i] for i in chosen.tolist()] if self.names else (),
+            boxes=None if self.boxes is None else self.boxes[chosen],
+            targets=None if self.targets is None else self.targets[chosen],
+        )
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From uint8 pixels to what a backbone eats.
+
+    Attributes:
+        size: height and width of the model's input in pixels.
+        mean, std: per channel, on the scale 0..1.
+        min_scale: smallest share of the picture's area that a random training crop keeps (1 = no crop).
+        flip: mirror half of the training pictures.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    min_scale: float = 0.6
+    flip: bool = True
+
+
+def normalise(pixels: UInt8[Tensor, "b h w 3"], mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "b 3 h w"]:
+    """uint8 pixels, channels last -> normalised float images, channels first."""
+    images = pixels.permute(0, 3, 1, 2).float().div_(255)
+    return images.sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])
+
+
+def plain_batch(pixels: UInt8[Tensor, "b h w 3"], how: Preprocess) -> Float[Tensor, "b 3 height width"]:
+    """The evaluation view: the whole picture, resized (bicubic, antialiased) where the size differs."""
+    images = normalise(pixels, how.mean, how.std)
+    if images.shape[-2:] != how.size:
+        images = F.interpolate(images, size=how.size, mode="bicubic", antialias=True)
+    return images
+
+
+def random_views(pixels: UInt8[Tensor, "b h w 3"], how: Preprocess, draw: torch.Generator) -> Float[Tensor, "b 3 height width"]:
+    """Random resized crops and flips of a whole batch in one bilinear sampling.
+
+    Area in [min_scale, 1], aspect ratio in [4/5, 5/4], both log-uniform or uniform as usual; the crop stays
+    inside the picture.
+    """
+    count = len(pixels)
+    area_, ratio_, flip_, x_, y_ = torch.rand(5, count, generator=draw)
+    area = how.min_scale + (1 - how.min_scale) * area_
+    ratio = torch.exp((2 * ratio_ - 1) * math.log(1.25))
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0] = torch.where(flip_ < 0.5, -width, width) if how.flip else width
+    theta[:, 1, 1] = height
+    theta[:, 0, 2] = (1 - width) * (2 * x_ - 1)
+    theta[:, 1, 2] = (1 - height) * (2 * y_ - 1)
+    grid = F.affine_grid(theta, [count, 3, *how.size], align_corners=False)
+    return F.grid_sample(normalise(pixels, how.mean, how.std), grid, align_corners=False, padding_mode="reflection")
+
+
+@dataclass(frozen=True)
+class ArrayBatches:
+    """Batches over `ImageArrays`; a pure function of (seed, epoch, step), so that a resumed run sees the same.
+
+    Each batch is a dict: `images` (B, 3, H, W), `labels` (B,), `indices` (B,), and `targets` when the arrays
+    have them. `batch_size` is per rank; ranks read disjoint slices of the same permutation.
+    """
+
+    arrays: ImageArrays
+    how: Preprocess
+    batch_size: int
+    seed: int = 0
+    train: bool = True
+
+    @property
+    def examples(self) -> int:
+        return len(self.arrays)
+
+    def steps(self, world: int = 1) -> int:
+        """Batches per epoch and rank; training drops the last incomplete one, evaluation keeps it."""
+        per_step = self.batch_size * world
+        return max(1, self.examples // per_step) if self.train else -(-self.examples // per_step)
+
+    def epoch(self, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
+        """The batches of one epoch for one rank, from step `start` on."""
+        order = torch.arange(self.examples)
+        if self.train:
+            order = torch.randperm(self.examples, generator=generator(self.seed, epoch))
+        per_step = self.batch_size * world
+        for step in range(start, self.steps(world)):
+            chosen = order[step * per_step : (step + 1) * per_step][rank::world]
+            yield self._batch(chosen, generator(self.seed, epoch, step, rank))
+
+    def _batch(self, chosen: Int[Tensor, " b"], draw: torch.Generator) -> dict[str, Tensor]:
+        arrays = self.arrays
+        if self.train:
+            images = random_views(arrays.pixels[chosen], self.how, draw)
+        else:
+            images = plain_batch(arrays.pixels[chosen], self.how)
+        batch = {"images": images, "labels": arrays.labels[chosen], "indices": chosen}
+        if arrays.targets is not None:
+            batch["targets"] = arrays.targets[chosen].float()
+        return batch

@@ -1,0 +1,96 @@
+"""Eq. 1: the multi-head interpreter, which scores patch tokens against a policy token.
+
+    I_ij = 1/H sum_h sigmoid( F_q^h(X_i) . F_k^h(P_j) )
+
+| paper | here |
+|---|---|
+| X_i | a patch token, normalised first if `norm` |
+| P_j | `policy_token`, learned per group; or the group's own class token (`policy="class"`) |
+| F_q^h, F_k^h | `query`, `key`: linear layers, split into H heads |
+| I_ij | the score, in [0, 1] |
+"""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from iared2.errors import ConfigError
+from iared2.settings import Settings
+from iared2.tokens.packed import PackedTokens
+
+
+class InterpreterConfig(Settings):
+    """How patches are scored. `paper()` gives Eq. 1 to the letter; the defaults are steadier."""
+
+    policy: Literal["learned", "class"] = Field("learned", description="policy side: a learned token, or the class token")
+    heads: int | None = Field(None, gt=0, description="heads H; None takes the backbone's")
+    norm: bool = Field(True, description="LayerNorm without parameters before the projections")
+    scale: bool = Field(True, description="divide the dot product by sqrt(head width)")
+    init_score: float = Field(0.9, gt=0, lt=1, description="mean score before training")
+
+    @classmethod
+    def paper(cls) -> "InterpreterConfig":
+        """Eq. 1 without norm and scale, starting at 0.5 as the authors' surviving tool does."""
+        return cls(norm=False, scale=False, init_score=0.5)
+
+
+class Interpreter(nn.Module):
+    """Scores every row of a pack (prefix rows too; keep rules ignore those).
+
+    With a learned policy token the key is a constant, so query and key fold into one (D, H) matrix: the same
+    scores for D x H instead of D x D multiply-adds per token, in training and inference alike.
+    """
+
+    def __init__(self, width: int, heads: int, config: InterpreterConfig) -> None:
+        super().__init__()
+        if width % heads:
+            raise ConfigError(f"interpreter: width {width} is not divisible by {heads} heads; choose heads that divide it")
+        self.config, self.width, self.heads = config, width, heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.policy_token = nn.Parameter(torch.randn(width) * 0.02) if config.policy == "learned" else None
+        self._start_at(config.init_score)
+
+    @property
+    def _scale(self) -> float:
+        return (self.width // self.heads) ** -0.5 if self.config.scale else 1.0
+
+    def _start_at(self, score: float) -> None:
+        """Small weights, and biases whose dot product alone gives the starting score."""
+        logit = math.log(score / (1 - score)) / self._scale
+        each = math.sqrt(abs(logit) / (self.width // self.heads))
+        for linear, sign in ((self.query, 1.0), (self.key, math.copysign(1.0, logit))):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.constant_(linear.bias, sign * each)
+
+    def folded(self) -> tuple[Float[Tensor, "H D"], Float[Tensor, " H"]]:
+        """Query and key as one linear map per head (learned policy token only)."""
+        key_HK = self.key(self.policy_token).view(self.heads, -1) * self._scale
+        weight_HD = torch.einsum("hkd,hk->hd", self.query.weight.view(self.heads, -1, self.width), key_HK)
+        return weight_HD, (self.query.bias.view(self.heads, -1) * key_HK).sum(-1)
+
+    def forward(self, tokens: PackedTokens) -> Float[Tensor, " T"]:
+        """Scores I of Eq. 1 for every row."""
+        return self.logits(tokens).sigmoid().mean(-1)
+
+    def logits(self, tokens: PackedTokens) -> Float[Tensor, "T H"]:
+        """The dot products of Eq. 1, one per head."""
+        x_TD = F.layer_norm(tokens.x_TD, (self.width,)) if self.config.norm else tokens.x_TD
+        if self.policy_token is not None:
+            weight_HD, bias_H = self.folded()
+            return F.linear(x_TD, weight_HD.to(x_TD.dtype), bias_H.to(x_TD.dtype)).float()
+        layout = tokens.layout
+        key_BHK = self.key(x_TD[layout.cu_B1[:-1].long()]).view(-1, self.heads, self.width // self.heads)
+        query_THK = self.query(x_TD).view(-1, self.heads, self.width // self.heads)
+        return (query_THK * key_BHK[layout.image_T]).sum(-1).float() * self._scale
+
+    def macs(self, patches: int) -> int:
+        """Multiply-adds for scoring `patches` patch tokens of one image at inference."""
+        if self.policy_token is not None:
+            return patches * self.width * self.heads
+        return patches * self.width * self.width + self.width * self.width + patches * self.width

@@ -1,0 +1,1 @@
+"""Layer 4: reducers, which shorten a pack before a block."""

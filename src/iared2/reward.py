@@ -1,0 +1,60 @@
+"""Eq. 2 and Eq. 3 as pure functions.
+
+Eq. 2:  R(u) = 1 - (|u|_0 / N)^p if the prediction is correct, else -tau      (p = 2 in the paper; 1 in Table 8)
+Eq. 3:  grad J = E_u[ A grad sum_i log(I_i u_i + (1 - I_i)(1 - u_i)) ],  A = R(u) - R(u_greedy)
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from iared2.settings import Settings
+
+
+class RewardConfig(Settings):
+    """What an interpreter is rewarded for. Table 8 varies `error_penalty` (tau) and `shape`."""
+
+    error_penalty: float = Field(1.5, description="tau of Eq. 2")
+    shape: Literal["square", "linear"] = Field("square", description="power of the kept share in Eq. 2")
+    target: Literal["label", "dense"] = Field("label", description="correct = the label, or the dense model's prediction")
+    patches: Literal["input", "group"] = Field("input", description="N of Eq. 2: the image's patches, or those entering the group")
+
+
+def reward(correct_B: Bool[Tensor, " B"], kept_B: Int[Tensor, " B"], patches_B: Int[Tensor, " B"], config: RewardConfig) -> Float[Tensor, " B"]:
+    """Eq. 2 for each image.
+
+    Args:
+        kept_B: |u|_0, the patches that the interpreter keeps.
+        patches_B: N.
+    """
+    share = kept_B / patches_B.clamp(min=1)
+    cost = share.square() if config.shape == "square" else share
+    return torch.where(correct_B, 1 - cost, -config.error_penalty)
+
+
+def log_probability(score_T: Float[Tensor, " T"], keep_T: Bool[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """log of the Bernoulli probability of each decision: the bracket of Eq. 3 for u in {0, 1}.
+
+    Written as a binary cross-entropy, whose logarithms are clamped: a score of exactly 0 or 1 stays finite.
+    """
+    return -F.binary_cross_entropy(score_T.float(), keep_T.float(), reduction="none")
+
+
+def policy_gradient_loss(log_probability_B: Float[Tensor, " B"], advantage_B: Float[Tensor, " B"]) -> Float[Tensor, ""]:
+    """A loss whose gradient is minus the estimator of Eq. 3, averaged over images.
+
+    Args:
+        log_probability_B: summed over the image's decisions.
+        advantage_B: R(u) minus a baseline that does not depend on u; treated as a constant.
+    """
+    return -(advantage_B.detach() * log_probability_B).mean()
+
+
+def entropy(score_T: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """Entropy of each decision in nats."""
+    p = score_T.float().clamp(1e-6, 1 - 1e-6)
+    return -(p * p.log() + (1 - p) * (1 - p).log())

@@ -1,0 +1,1 @@
+"""Layer 1: packed tokens, the grid they come from, and attention among them."""

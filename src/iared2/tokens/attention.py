@@ -1,0 +1,171 @@
+"""Attention among the tokens of each image of a pack: one facade, several implementations.
+
+| implementation | when |
+|---|---|
+| `uniform`  | all images have the same length by construction: one call of PyTorch's fused attention |
+| `varlen`   | CUDA in half precision: one call of the variable-length flash kernel |
+| `segments` | elsewhere: one fused call per image, all writing into one output |
+| `masked`   | the readable reference: a block-diagonal mask over the whole pack, O(T^2) |
+
+Mass enters as log(mass) added to the scores of a key (ToMe, "proportional attention"). The variable-length
+kernel takes no bias, so there the bias rides in one extra channel of q (one) and k (log(mass) / scale).
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from iared2.errors import ConfigError
+from iared2.tokens.packed import Layout
+
+IMPLEMENTATIONS = ("auto", "uniform", "varlen", "segments", "masked")
+
+
+def attend(
+    q_THK: Float[Tensor, "T H K"],
+    k_THK: Float[Tensor, "T H K"],
+    v_THV: Float[Tensor, "T H V"],
+    layout: Layout,
+    mass_T: Float[Tensor, " T"] | None = None,
+    dropout: float = 0.0,
+    impl: str = "auto",
+) -> Float[Tensor, "T H V"]:
+    """softmax(q k^T / sqrt(K) + log mass) v within each image.
+
+    Args:
+        dropout: probability of dropping an attention weight (training only; 0 in evaluation).
+        impl: one of `IMPLEMENTATIONS`; "auto" picks by device, precision and lengths.
+
+    Raises:
+        ConfigError: an unknown implementation, or one that cannot serve these tensors.
+    """
+    chosen = _choose(q_THK, layout, dropout) if impl == "auto" else impl
+    bias_T = None if mass_T is None else mass_T.log().to(q_THK.dtype)
+    if chosen == "uniform":
+        if layout.uniform is None:
+            raise ConfigError("attention 'uniform': the images have different lengths; use 'segments' or 'auto'")
+        return _uniform(q_THK, k_THK, v_THV, bias_T, layout.uniform, dropout)
+    if chosen == "varlen":
+        return _varlen(q_THK, k_THK, v_THV, bias_T, layout)
+    if chosen == "segments":
+        if torch.compiler.is_compiling() and dropout == 0:
+            return torch.ops.iared2.segments(q_THK, k_THK, v_THV, bias_T, layout.cu_B1)
+        return _segments(q_THK, k_THK, v_THV, bias_T, layout.offsets, dropout)
+    if chosen == "masked":
+        return _masked(q_THK, k_THK, v_THV, bias_T, layout.image_T, dropout)
+    raise ConfigError(f"attention: got impl={impl!r}, wanted one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def _choose(q_THK: Tensor, layout: Layout, dropout: float) -> str:
+    if layout.uniform is not None:
+        return "uniform"
+    if q_THK.is_cuda and q_THK.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
+        return "varlen"
+    return "segments"
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    """(..., H, n, K) attention by the fastest kernel for the case."""
+    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if q.device.type == "cpu" and differentiable:
+        # The fused CPU kernel's backward takes about twice as long as the whole of these four operations.
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        weights = (scores if bias is None else scores + bias).softmax(-1)
+        return F.dropout(weights, dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+
+
+def _uniform(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, length: int, dropout: float) -> Tensor:
+    def heads_first(x: Tensor) -> Tensor:
+        return x.view(-1, length, *x.shape[1:]).transpose(1, 2)
+
+    bias = None if bias_T is None else bias_T.view(-1, 1, 1, length)
+    out = _fused(heads_first(q), heads_first(k), heads_first(v), bias, dropout)
+    return out.transpose(1, 2).reshape(v.shape)
+
+
+def _segments(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, offsets: list[int], dropout: float) -> Tensor:
+    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    out = None if differentiable else torch.empty_like(v)
+    pieces = []
+    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+        bias = None if bias_T is None else bias_T[start:stop].view(1, 1, 1, -1)
+        one = [x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
+        piece = _fused(*one, bias, dropout).squeeze(0).transpose(0, 1)
+        if out is None:
+            pieces.append(piece)
+        else:
+            out[start:stop] = piece
+    return torch.cat(pieces) if out is None else out
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, layout: Layout) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    scale, width, out_width = q.shape[-1] ** -0.5, q.shape[-1], v.shape[-1]
+    extra = 0 if bias_T is None else 1
+    padded = -(-max(width + extra, out_width) // 8) * 8  # the kernel wants equal head widths, a multiple of 8
+
+    def widened(x: Tensor, channel: Tensor | None) -> Tensor:
+        wide = F.pad(x, (0, padded - x.shape[-1]))
+        if channel is None:
+            return wide
+        return torch.cat([wide[..., :width], channel.expand(*x.shape[:2], 1), wide[..., width + 1 :]], dim=-1)
+
+    one = None if bias_T is None else q.new_ones(1, 1, 1)
+    bias = None if bias_T is None else (bias_T / scale)[:, None, None]
+    cu = layout.cu_B1
+    out = varlen_attn(widened(q, one), widened(k, bias), widened(v, None), cu, cu, layout.longest, layout.longest, scale=scale)
+    return out[..., :out_width]
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, image_T: Int[Tensor, " T"], dropout: float) -> Tensor:
+    scores_HTT = torch.einsum("thk,shk->hts", q, k) * q.shape[-1] ** -0.5
+    if bias_T is not None:
+        scores_HTT = scores_HTT + bias_T
+    other = image_T[:, None] != image_T[None, :]
+    weights = scores_HTT.masked_fill(other, float("-inf")).softmax(-1)
+    return torch.einsum("hts,shv->thv", F.dropout(weights, dropout), v)
+
+
+@torch.library.custom_op("iared2::segments", mutates_args=())
+def _segments_op(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, cu_B1: Tensor) -> Tensor:
+    """`segments` as one opaque operator, so that compiled graphs need not know the lengths."""
+    with torch.no_grad():
+        return _segments(q, k, v, bias_T, cu_B1.tolist(), 0.0)
+
+
+@_segments_op.register_fake
+def _segments_shape(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, cu_B1: Tensor) -> Tensor:
+    return torch.empty_like(v)
+
+
+@torch.library.custom_op("iared2::segments_backward", mutates_args=())
+def _segments_backward_op(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, cu_B1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `segments` by recomputing it."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = _segments(*inputs, bias_T, cu_B1.tolist(), 0.0)
+        grads = torch.autograd.grad(out, inputs, grad)
+    return tuple(g.contiguous() for g in grads)
+
+
+@_segments_backward_op.register_fake
+def _segments_backward_shape(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, cu_B1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+
+
+def _remember(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's signature
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, grad):  # noqa: ANN001, ANN202 - torch's signature
+    return (*torch.ops.iared2.segments_backward(grad.contiguous(), *ctx.saved_tensors), None, None)
+
+
+_segments_op.register_autograd(_gradients, setup_context=_remember)

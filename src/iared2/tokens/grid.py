@@ -1,0 +1,15 @@
+"""From scores on the patch grid to maps of pixels."""
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def to_map(score_BN: Float[Tensor, "B N"], grid: tuple[int, ...]) -> Float[Tensor, "B h w"]:
+    """Patch scores in grid order -> one small map per image."""
+    return score_BN.reshape(-1, *grid)
+
+
+def to_pixels(map_Bhw: Float[Tensor, "B h w"], size: tuple[int, int]) -> Float[Tensor, "B height width"]:
+    """Bilinear up-sampling to `size` = (height, width) in pixels (section 3.2, "Emergence of Interpretability")."""
+    return F.interpolate(map_Bhw[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]

@@ -1,0 +1,229 @@
+"""Packed tokens: the only place in the library that computes indices.
+
+Shape legend, used for names and annotations everywhere:
+    T packed tokens (all images one after the other)   B images   N patch places of the grid   L prefix tokens
+    D width   H heads   K head width   F features   `x_TD` is a tensor of shape (T, D), `cu_B1` one of shape (B + 1,)
+
+Every image's tokens are its prefix tokens followed by its remaining patch tokens, in the order of the grid.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+GONE = -1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where packed tokens lie and where they came from. Shared by all tensors of one pack.
+
+    Attributes:
+        cu_B1: int32 offsets; image b owns rows cu[b] to cu[b + 1].
+        image_T: the image of each row.
+        origin_T: the grid place of each patch token; -1 for prefix tokens.
+        prefix: prefix tokens per image.
+        grid: patches per axis, rows first.
+        longest: an upper bound of the lengths that is known without asking the device.
+        uniform: the common length, where every image has the same number of tokens by construction.
+    """
+
+    cu_B1: Int[Tensor, " B1"]
+    image_T: Int[Tensor, " T"]
+    origin_T: Int[Tensor, " T"]
+    prefix: int
+    grid: tuple[int, ...]
+    longest: int
+    uniform: int | None = None
+
+    @property
+    def images(self) -> int:
+        return self.cu_B1.shape[0] - 1
+
+    @property
+    def places(self) -> int:
+        total = 1
+        for axis in self.grid:
+            total *= axis
+        return total
+
+    @property
+    def is_patch_T(self) -> Bool[Tensor, " T"]:
+        return self.origin_T >= 0
+
+    @property
+    def length_B(self) -> Int[Tensor, " B"]:
+        return self.cu_B1.diff()
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens per image on the host. Asks the device once per layout, unless the layout is uniform."""
+        if self.uniform is not None:
+            return [self.uniform] * self.images
+        return self.length_B.tolist()
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """`cu_B1` on the host, from `lengths`."""
+        total, offsets = 0, [0]
+        for length in self.lengths:
+            total += length
+            offsets.append(total)
+        return offsets
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows of a pack that go on: their indices in ascending order, and the offsets they will have."""
+
+    index_S: Int[Tensor, " S"]
+    cu_B1: Int[Tensor, " B1"]
+    uniform: int | None = None
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Tokens of B images one after the other.
+
+    Attributes:
+        x_TD: the tokens.
+        layout: lengths and origins.
+        mass_T: how many patches each token stands for; None means that all stand for themselves alone.
+        carrier_BN: for each image and place, the place of the token that carries it, or -1 if it is gone.
+    """
+
+    x_TD: Float[Tensor, "T D"]
+    layout: Layout
+    mass_T: Float[Tensor, " T"] | None
+    carrier_BN: Int[Tensor, "B N"]
+
+    def with_x(self, x_TD: Float[Tensor, "T D"]) -> "PackedTokens":
+        """The same places with other values."""
+        return replace(self, x_TD=x_TD)
+
+
+def pack(x_BSD: Float[Tensor, "B S D"], prefix: int, grid: tuple[int, ...], origin_BP: Int[Tensor, "B P"] | None = None) -> PackedTokens:
+    """Packs equally long sequences of prefix tokens and patch tokens.
+
+    Args:
+        x_BSD: S = prefix + patches tokens per image.
+        prefix: prefix tokens in front of each image's patches.
+        grid: patches per axis.
+        origin_BP: grid places of the patches where some are missing already (patch dropout), else None.
+    """
+    images, length = x_BSD.shape[:2]
+    device = x_BSD.device
+    places = 1
+    for axis in grid:
+        places *= axis
+    everywhere = torch.arange(places, device=device).expand(images, places)
+    if origin_BP is None:
+        origin_BP, carrier_BN = everywhere, everywhere
+    else:
+        here = torch.zeros(images, places, dtype=torch.bool, device=device).scatter_(1, origin_BP, True)
+        carrier_BN = torch.where(here, everywhere, GONE)
+    origin_BS = torch.cat([origin_BP.new_full((images, prefix), -1), origin_BP], dim=1)
+    layout = Layout(
+        cu_B1=torch.arange(images + 1, device=device, dtype=torch.int32) * length,
+        image_T=torch.arange(images, device=device).repeat_interleave(length, output_size=images * length),
+        origin_T=origin_BS.reshape(-1),
+        prefix=prefix,
+        grid=grid,
+        longest=length,
+        uniform=length,
+    )
+    return PackedTokens(x_BSD.reshape(images * length, -1), layout, None, carrier_BN)
+
+
+def select(keep_T: Bool[Tensor, " T"], layout: Layout) -> Selection:
+    """The rows where `keep_T` holds; one synchronisation on devices that run asynchronously."""
+    index_S = keep_T.nonzero().squeeze(1)
+    running_T1 = torch.nn.functional.pad(keep_T.cumsum(0, dtype=torch.int32), (1, 0))
+    return Selection(index_S, running_T1[layout.cu_B1.long()])
+
+
+def select_places(row_BK: Int[Tensor, "B K"], layout: Layout) -> Selection:
+    """Prefix tokens and the given patch rows (counted within each image), the same number in every image.
+
+    Shapes depend on K alone, so a model that selects this way exports with static token counts.
+    """
+    images, kept = row_BK.shape
+    length = layout.uniform
+    assert length is not None  # callers check
+    ahead = torch.arange(layout.prefix, device=row_BK.device).expand(images, layout.prefix)
+    rows = torch.cat([ahead, row_BK.sort(dim=1).values], dim=1)
+    start = torch.arange(images, device=row_BK.device)[:, None] * length
+    total = layout.prefix + kept
+    cu_B1 = torch.arange(images + 1, device=row_BK.device, dtype=torch.int32) * total
+    return Selection((rows + start).reshape(-1), cu_B1, uniform=total)
+
+
+def take(tokens: PackedTokens, chosen: Selection) -> PackedTokens:
+    """Keeps the chosen rows; patches that were carried by the others are gone."""
+    layout = tokens.layout
+    kept = Layout(
+        cu_B1=chosen.cu_B1,
+        image_T=layout.image_T[chosen.index_S],
+        origin_T=layout.origin_T[chosen.index_S],
+        prefix=layout.prefix,
+        grid=layout.grid,
+        longest=chosen.uniform if chosen.uniform is not None else layout.longest,
+        uniform=chosen.uniform,
+    )
+    mass = None if tokens.mass_T is None else tokens.mass_T[chosen.index_S]
+    alive_BN = scatter_places(torch.ones_like(kept.origin_T), kept) > 0
+    return PackedTokens(tokens.x_TD[chosen.index_S], kept, mass, _follow(tokens.carrier_BN, alive_BN))
+
+
+def _follow(carrier_BN: Int[Tensor, "B N"], alive_BN: Bool[Tensor, "B N"]) -> Int[Tensor, "B N"]:
+    reached = alive_BN.gather(1, carrier_BN.clamp(min=0)) & (carrier_BN >= 0)
+    return torch.where(reached, carrier_BN, GONE)
+
+
+def merge(tokens: PackedTokens, chosen: Selection, carrier_T: Int[Tensor, " T"]) -> PackedTokens:
+    """Keeps the chosen rows; every other row is averaged, by mass, into its carrier.
+
+    Args:
+        carrier_T: for each row the row that carries it on: itself if chosen, -1 if it is lost.
+    """
+    layout = tokens.layout
+    mass_T = tokens.mass_T if tokens.mass_T is not None else tokens.x_TD.new_ones(len(tokens.x_TD))
+    lost_T = carrier_T < 0
+    goal_T = torch.where(lost_T, torch.arange(len(carrier_T), device=carrier_T.device), carrier_T)
+    given_T = torch.where(lost_T, 0.0, mass_T)
+    total_T = torch.zeros_like(mass_T).index_add(0, goal_T, given_T)
+    summed_TD = torch.zeros_like(tokens.x_TD).index_add(0, goal_T, tokens.x_TD * given_T[:, None].to(tokens.x_TD.dtype))
+    index_S = chosen.index_S
+    kept = take(replace(tokens, mass_T=total_T), chosen)
+    mean_SD = summed_TD[index_S] / total_T[index_S][:, None].to(tokens.x_TD.dtype)
+    # A row that received nothing keeps its exact value: dividing m x by m again would cost a rounding.
+    alone_S = total_T[index_S] == mass_T[index_S]
+    x_SD = torch.where(alone_S[:, None], tokens.x_TD[index_S], mean_SD)
+    place_T = torch.where(lost_T, GONE, layout.origin_T[goal_T])
+    table_BN = scatter_places(place_T + 1, layout) - 1  # places without a row of their own stay at -1
+    moved_BN = torch.where(tokens.carrier_BN >= 0, table_BN.gather(1, tokens.carrier_BN.clamp(min=0)), GONE)
+    return replace(kept, x_TD=x_SD, carrier_BN=moved_BN)
+
+
+def scatter_places(value_T: Tensor, layout: Layout) -> Tensor:
+    """(T,) or (T, F) values of patch tokens on the grid: (B, N) or (B, N, F), zero where no token stands."""
+    images, places = layout.images, layout.places
+    tail = value_T.shape[1:]
+    spare = images * places  # prefix rows land on one extra row that is cut off: no boolean indexing, no waiting
+    flat_T = torch.where(layout.is_patch_T, layout.image_T * places + layout.origin_T, spare)
+    grid = value_T.new_zeros((spare + 1, *tail)).index_put((flat_T,), value_T)
+    return grid[:spare].reshape(images, places, *tail)
+
+
+def to_grid(tokens: PackedTokens) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B N D"]]:
+    """Prefix tokens, and every place filled by the token that carries it (zero where the patch is gone)."""
+    layout = tokens.layout
+    first_B = layout.cu_B1[:-1].long()
+    rows_BL = first_B[:, None] + torch.arange(layout.prefix, device=first_B.device)
+    own_BND = scatter_places(tokens.x_TD, layout)
+    index = tokens.carrier_BN.clamp(min=0)[..., None].expand_as(own_BND)
+    filled = own_BND.gather(1, index)
+    return tokens.x_TD[rows_BL], torch.where((tokens.carrier_BN >= 0)[..., None], filled, 0.0)

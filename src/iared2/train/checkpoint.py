@@ -1,0 +1,82 @@
+"""Atomic checkpoints: written beside the old one, then renamed; the old one goes last."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from iared2.errors import TrainingError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run stands: finished stages, and finished steps of the stage after them."""
+
+    stage: int = 0
+    step: int = 0
+
+
+def _folders(run: Path) -> list[Path]:
+    found = [path for path in (run / "checkpoints").glob("stage*-step*") if (path / "place.json").is_file()]
+    return sorted(found, key=lambda path: tuple(json.loads((path / "place.json").read_text())["place"].values()))
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The furthest complete checkpoint of a run folder, or None."""
+    found = _folders(run)
+    return found[-1] if found else None
+
+
+def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, place: Place, fingerprint: str) -> Path:
+    """Writes one checkpoint and removes older ones, never leaving the run without a whole one."""
+    parent = run / "checkpoints"
+    parent.mkdir(parents=True, exist_ok=True)
+    target = parent / f"stage{place.stage:02d}-step{place.step:08d}"
+    partial = parent / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, partial / "model.safetensors")
+    if optimizer is not None:
+        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    (partial / "place.json").write_text(json.dumps({"schema": SCHEMA, "fingerprint": fingerprint, "place": asdict(place)}))
+    _sync(partial)
+    older = [path for path in parent.iterdir() if path not in (partial, target)]
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    _sync(parent)
+    for path in older:
+        shutil.rmtree(path, ignore_errors=True)
+    return target
+
+
+def load_weights(checkpoint: Path, model: nn.Module, fingerprint: str) -> Place:
+    """Puts a checkpoint's weights into `model` and says where the run stands.
+
+    Raises:
+        TrainingError: the checkpoint was written by another recipe.
+    """
+    record = json.loads((checkpoint / "place.json").read_text())
+    if record["fingerprint"] != fingerprint:
+        raise TrainingError(
+            f"{checkpoint.parent.parent} holds a run of another recipe; give another output folder, "
+            "or remove this one to start anew"
+        )
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    return Place(**record["place"])
+
+
+def _sync(folder: Path) -> None:
+    """Flushes the folder's files and its entries to the disk."""
+    for path in [p for p in folder.iterdir() if p.is_file()] + [folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,151 @@
+"""One training loop for every stage, on Hugging Face accelerate. It knows no objective: a task brings its loss.
+
+Exact resume: data order, augmentation and sampling are pure functions of (seed, stage, step, rank), and the
+learning rate is a pure function of the step, so a checkpoint is the weights, the optimiser's state and a
+place. Checkpoints are written to a temporary folder and renamed, so a kill at any moment leaves a whole one.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from iared2.errors import TrainingError
+from iared2.seeds import seed_all
+from iared2.train.checkpoint import Place, latest_checkpoint, load_weights, save_checkpoint
+from iared2.train.logs import StageLog
+from iared2.train.optim import OptimSettings, build_optimizer, schedule_factor, set_rate
+
+logger = logging.getLogger("iared2.train")
+
+
+class Batches(Protocol):
+    """Where batches come from; every method is a pure function of its arguments."""
+
+    batch_size: int
+
+    def steps(self, world: int = 1) -> int: ...
+
+    def epoch(self, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]: ...
+
+
+class Task(nn.Module):
+    """A model and a loss. `forward(batch)` returns {"loss": scalar, name: scalar to log, ...}."""
+
+    def begin(self) -> None:
+        """Called once before the stage: sets what requires gradients, and train or eval mode."""
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before each epoch (schedules that depend on it)."""
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One entry of a curriculum: what is trained, on what, for how long, and how."""
+
+    name: str
+    task: Task
+    batches: Batches
+    epochs: int
+    optim: OptimSettings
+    evaluate: Callable[[], dict[str, float]] | None = None
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run needs beside its stages. `fingerprint` names the recipe; a checkpoint of another is refused."""
+
+    folder: Path
+    fingerprint: str
+    seed: int = 0
+    checkpoint_every: int = 500
+    log_every: int = 50
+
+
+class Trainer:
+    """Runs stages in order over one model, resuming from the run folder's last checkpoint if there is one."""
+
+    def __init__(self, model: nn.Module, settings: RunSettings, accelerator: Accelerator) -> None:
+        self.model = model
+        self.settings = settings
+        self.accelerator = accelerator
+
+    def fit(self, stages: Sequence[Stage]) -> None:
+        """Trains every stage that the last checkpoint has not finished.
+
+        Raises:
+            TrainingError: a loss or gradient that is not finite, or a checkpoint of another recipe.
+        """
+        checkpoint = latest_checkpoint(self.settings.folder)
+        place = Place()
+        if checkpoint is not None:
+            place = load_weights(checkpoint, self.model, self.settings.fingerprint)
+            logger.info("resuming %s at stage %d, step %d", self.settings.folder, place.stage, place.step)
+        for index, stage in enumerate(stages):
+            if index < place.stage:
+                continue
+            start = place.step if index == place.stage else 0
+            state = checkpoint / "optimizer.pt" if checkpoint is not None and index == place.stage and start else None
+            self._run(index, stage, start, state)
+            self._save(Place(stage=index + 1, step=0), None)
+
+    def _run(self, index: int, stage: Stage, start: int, state: Path | None) -> None:
+        accelerator, world = self.accelerator, self.accelerator.num_processes
+        per_epoch = stage.batches.steps(world)
+        total = stage.epochs * per_epoch
+        stage.task.begin()
+        optimizer = build_optimizer(stage.task, stage.optim, stage.batches.batch_size * world)
+        task, optimizer = accelerator.prepare(stage.task, optimizer)
+        if state is not None:
+            optimizer.load_state_dict(torch.load(state, map_location=accelerator.device, weights_only=True))
+        log = StageLog(self.settings.folder, stage.name, start, total, accelerator.is_main_process)
+        step = start
+        with log:
+            for epoch in range(start // per_epoch, stage.epochs):
+                stage.task.begin_epoch(epoch)
+                first = step - epoch * per_epoch
+                for batch in stage.batches.epoch(epoch, first, accelerator.process_index, world):
+                    set_rate(optimizer.param_groups, schedule_factor(stage.optim, step, total))
+                    seed_all(self.settings.seed, index, step, accelerator.process_index)
+                    logs = self._step(task, optimizer, stage, batch, step)
+                    step += 1
+                    images = len(batch["labels"]) * world
+                    log.step(step, images, epoch + 1, optimizer.param_groups[0]["lr"], logs, self.settings.log_every)
+                    if step % self.settings.checkpoint_every == 0 and step < total:
+                        self._save(Place(stage=index, step=step), optimizer)
+                if stage.evaluate is not None and accelerator.is_main_process:
+                    log.evaluation(step, epoch + 1, stage.evaluate())
+                    stage.task.begin()  # an evaluation may have left eval mode behind
+        accelerator.free_memory()
+
+    def _step(self, task: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+        logs = task(batch)
+        self.accelerator.backward(logs["loss"])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        limit = stage.optim.clip_norm if stage.optim.clip_norm is not None else float("inf")
+        norm = self.accelerator.clip_grad_norm_(parameters, limit)
+        # After the all-reduce every rank sees the same norm, so all ranks stop together.
+        if norm is not None and not torch.isfinite(norm):
+            raise TrainingError(
+                f"stage {stage.name}, step {step}: the gradient is not finite (loss {logs['loss'].item():.4g}); "
+                f"the last good checkpoint stays in {self.settings.folder}. Lower the learning rate or train in fp32"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        return logs | {"grad_norm": norm}
+
+    def _save(self, place: Place, optimizer: torch.optim.Optimizer | None) -> None:
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.settings.folder, self.model, optimizer, place, self.settings.fingerprint)
+        self.accelerator.wait_for_everyone()
+
+
