@@ -6,6 +6,7 @@ from iared2.interpreter import InterpreterConfig as InterpreterConfig
 from iared2.model import ReducedTransformer as ReducedTransformer
 from iared2.model import ReductionConfig as ReductionConfig
 from iared2.model import reduce as reduce
+from iared2.saving import load_reduced as load_reduced
 from iared2.trace import Trace as Trace
 
 __version__ = "0.1.0"

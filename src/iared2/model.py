@@ -276,10 +276,11 @@ class ReducedTransformer(nn.Module, ModelHubMixin):
         save_reduced(self, save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> "ReducedTransformer":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "ReducedTransformer":
+        """Loads an embedded model (by name), a folder, or a hub id; see `iared2.saving.load_reduced` for options."""
         from iared2.saving import load_reduced
 
-        return load_reduced(model_id, **kwargs)
+        return load_reduced(str(pretrained_model_name_or_path), **options)
 
 
 def reduce(
