@@ -65,10 +65,13 @@ def _choose(q_THK: Tensor, layout: Layout, dropout: float) -> str:
     return "segments"
 
 
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """(..., H, n, K) attention by the fastest kernel for the case."""
-    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.device.type == "cpu" and differentiable:
+    if q.device.type == "cpu" and _differentiable(q, k, v, bias):
         # The fused CPU kernel's backward takes about twice as long as the whole of these four operations.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         weights = (scores if bias is None else scores + bias).softmax(-1)
@@ -86,8 +89,7 @@ def _uniform(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, length: int
 
 
 def _segments(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, offsets: list[int], dropout: float) -> Tensor:
-    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    out = None if differentiable else torch.empty_like(v)
+    out = None if _differentiable(q, k, v, bias_T) else torch.empty_like(v)
     pieces = []
     for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
         bias = None if bias_T is None else bias_T[start:stop].view(1, 1, 1, -1)

@@ -1,0 +1,39 @@
+"""Held-out figures while a reduced model is trained: quick, on few pictures. `iared2 eval` gives the real ones."""
+
+import torch
+from torch import Tensor
+
+from iared2.model import ReducedTransformer
+from iared2.train.trainer import Batches
+
+
+@torch.inference_mode()
+def held_out(model: ReducedTransformer, batches: Batches, groups: int, device: torch.device) -> dict[str, float]:
+    """Top-1 and agreement with dense in percent, keep ratios and the share of MACs, with the first `groups` active."""
+    model.eval()
+    sums: dict[str, float] = {}
+    count = 0
+    for batch in batches.epoch(0):
+        images, labels = batch["images"].to(device), batch["labels"].to(device)
+        dense = _logits(model, images, 0)[0].argmax(1)
+        logits, state = _logits(model, images, groups)
+        found = logits.argmax(1)
+        row = {
+            "top1": 100 * (found == labels).float().sum(),
+            "dense_top1": 100 * (dense == labels).float().sum(),
+            "agreement": 100 * (found == dense).float().sum(),
+        }
+        for group, reduction in enumerate(state.reductions):
+            row[f"keep_ratio_{group + 1}"] = reduction.kept_B.sum() / reduction.before.places
+        if len(state.reductions) == len(model.reducers):
+            trace = model.make_trace(state.reductions, tuple(images.shape[-2:]))
+            row["macs_share"] = torch.tensor(trace.share_of_dense() * len(labels))
+        for name, value in row.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        count += len(labels)
+    return {name: value / count for name, value in sums.items()}
+
+
+def _logits(model: ReducedTransformer, images: Tensor, groups: int):  # noqa: ANN202 - logits and a State
+    state = model.walk(model.start(images), model.adapter.depth, reduce=range(groups))
+    return model.adapter.head(state.tokens), state

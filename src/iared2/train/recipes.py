@@ -1,0 +1,251 @@
+"""Recipes: complete, typed descriptions of a run. A recipe is a function; its docstring names cost, expected result and command."""
+
+import json
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from iared2.errors import ConfigError
+from iared2.handover import OnDrop
+from iared2.interpreter import InterpreterConfig
+from iared2.reward import RewardConfig
+from iared2.settings import Settings, explain_validation, unknown_key
+from iared2.train.optim import OptimSettings
+
+
+class BackboneSettings(Settings):
+    """Which backbone, and where its weights come from."""
+
+    model: str = Field(description="a timm model name")
+    weights: str | None = Field(None, description="a safetensors file; None fetches timm's, unless trained from scratch")
+    arguments: dict[str, Any] = Field({}, description="further arguments of timm.create_model")
+
+
+class DataSettings(Settings):
+    """Which pictures, and how they are fed."""
+
+    train: str | None = Field(None, description="folder, archive or timm data name; --data on the command line")
+    train_split: str = "train"
+    val: str | None = Field(None, description="held-out data; None takes `held_out` pictures away from training")
+    val_split: str = "val"
+    held_out: int = Field(0, ge=0, description="pictures taken from the training data to watch the run")
+    val_subset: int | None = Field(1000, description="pictures of the held-out data used while training")
+    subset: int | None = Field(None, description="a fixed random subset of the training data")
+    batch_size: int = Field(32, gt=0, description="per device")
+    min_scale: float = Field(0.6, gt=0, le=1, description="smallest share of a picture's area in a random crop")
+    flip: bool = True
+    in_memory: bool = Field(False, description="decode every picture once and keep it as uint8")
+
+
+class TeacherSettings(Settings):
+    """Soft labels for training from scratch; logits are computed once, on the whole picture."""
+
+    model: str = "deit_tiny_patch16_224.fb_in1k"
+    weights: str | None = None
+    image_size: int = 160
+    weight: float = Field(0.7, ge=0, le=1, description="share of the teacher's term in the loss")
+    temperature: float = Field(2.0, gt=0)
+
+
+class DenseSettings(Settings):
+    """Training a dense ViT from scratch."""
+
+    epochs: int = Field(gt=0)
+    patch_drop: tuple[float, ...] = Field((), description="share of patches dropped at random, per epoch")
+    smoothing: float = Field(0.1, ge=0, lt=1)
+    teacher: TeacherSettings | None = None
+    optim: OptimSettings = OptimSettings(optimizer="muon", lr=3e-3, lr_batch=128, schedule="trapezoid", warmup=0.05, weight_decay=0.05, betas=(0.9, 0.98))
+
+
+class ReductionSettings(Settings):
+    """The curriculum of Algorithm 1 and what it trains."""
+
+    groups: int | tuple[int, ...] = Field(3, description="how many even groups, or the first block of each")
+    interpreter: InterpreterConfig = InterpreterConfig()
+    reward: RewardConfig = RewardConfig()
+    on_drop: OnDrop = "discard"
+    interpreter_epochs: int = Field(10, ge=0)
+    block_epochs: int = Field(20, ge=0, description="0 trains interpreters only")
+    warm_start_epochs: int = Field(0, ge=0, description="imitation before REINFORCE; not in the paper")
+    warm_start_ratios: tuple[float, ...] = Field((), description="share of the grid that imitation keeps, per group")
+    entropy_bonus: float = Field(0.0, ge=0)
+    train_head: bool = Field(True, description="train final norm and head with the blocks")
+    block_target: Literal["label", "dense"] = Field("label", description="cross-entropy, or distillation from the dense model")
+    warm_start_optim: OptimSettings = OptimSettings(lr=1e-3, lr_batch=32)
+    interpreter_optim: OptimSettings = OptimSettings()
+    block_optim: OptimSettings = OptimSettings()
+
+    @model_validator(mode="after")
+    def _ratios_fit(self) -> "ReductionSettings":
+        count = self.groups if isinstance(self.groups, int) else len(self.groups)
+        if self.warm_start_epochs and len(self.warm_start_ratios) != count:
+            raise ValueError(f"warm_start_ratios: got {len(self.warm_start_ratios)}, wanted one for each of {count} groups")
+        return self
+
+
+class Recipe(Settings):
+    """A whole run: a backbone, data, and a dense training, a reduction, or both."""
+
+    name: str
+    backbone: BackboneSettings
+    data: DataSettings = DataSettings()
+    dense: DenseSettings | None = None
+    reduction: ReductionSettings | None = None
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = 0
+    checkpoint_every: int = Field(500, gt=0, description="steps")
+    log_every: int = Field(50, gt=0, description="steps")
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {}
+
+
+def recipe(build: Callable[[], Recipe]) -> Callable[[], Recipe]:
+    """Registers a recipe under its function's name."""
+    RECIPES[build.__name__] = build
+    return build
+
+
+@recipe
+def paper_deit_small() -> Recipe:
+    """DeiT-S on ImageNet-1k to the letter of the paper (Algorithm 1, Eq. 1 to 3, Table 2).
+
+    Cost: 4.5 hours on 24 V100 in the paper; not run here.
+    Expected: 79.1 % top-1 at 2.9 G (linear layers only; the paper's figure, not reproduced here).
+    Command: iared2 train paper_deit_small --data IMAGENET_FOLDER --output runs/deit_small
+    """
+    reduction = ReductionSettings(interpreter=InterpreterConfig.paper(), train_head=False)
+    return Recipe(name="paper_deit_small", backbone=BackboneSettings(model="deit_small_patch16_224.fb_in1k"), reduction=reduction)
+
+
+@recipe
+def paper_deit_base() -> Recipe:
+    """DeiT-B on ImageNet-1k to the letter of the paper.
+
+    Cost: not stated in the paper; not run here.
+    Expected: 80.9 % top-1 at 11.8 G (linear layers only; the paper's figure, not reproduced here).
+    Command: iared2 train paper_deit_base --data IMAGENET_FOLDER --output runs/deit_base
+    """
+    reduction = ReductionSettings(interpreter=InterpreterConfig.paper(), train_head=False)
+    return Recipe(name="paper_deit_base", backbone=BackboneSettings(model="deit_base_patch16_224.fb_in1k"), reduction=reduction)
+
+
+@recipe
+def mini_dense() -> Recipe:
+    """The embedded model's backbone, from scratch on Tiny-ImageNet-200 with soft labels of DeiT-Tiny.
+
+    Cost: about 90 minutes on two CPU cores, 12 of them for the teacher's logits.
+    Expected: see the embedded model's card.
+    Command: iared2 train mini_dense --data TINY_IMAGENET_FOLDER --dense.teacher.weights=DEIT_TINY_FILE --output runs/mini_dense
+    """
+    dense = DenseSettings(epochs=7, patch_drop=(0.5, 0.5, 0.5, 0.5, 0.5, 0.25, 0.0), teacher=TeacherSettings())
+    return Recipe(
+        name="mini_dense",
+        backbone=BackboneSettings(model="iared2_mini_patch8_64"),
+        data=DataSettings(batch_size=128, min_scale=0.7),
+        dense=dense,
+        precision="bf16",
+        log_every=100,
+    )
+
+
+@recipe
+def mini_reduced() -> Recipe:
+    """The embedded model: the curriculum over the backbone of `mini_dense`, short and with a warm start.
+
+    Cost: about 20 minutes on two CPU cores.
+    Expected: see the embedded model's card.
+    Command: iared2 train mini_reduced --data TINY_IMAGENET_FOLDER --weights runs/mini_dense/backbone.safetensors --output runs/mini
+    """
+    reduction = ReductionSettings(
+        interpreter_epochs=1,
+        block_epochs=1,
+        warm_start_epochs=1,
+        warm_start_ratios=(0.9, 0.55, 0.3),
+        on_drop="merge",
+        interpreter_optim=OptimSettings(lr=2e-4, lr_batch=128),
+        block_optim=OptimSettings(lr=1e-4, lr_batch=128),
+    )
+    return Recipe(
+        name="mini_reduced",
+        backbone=BackboneSettings(model="iared2_mini_patch8_64"),
+        data=DataSettings(batch_size=128, min_scale=0.7, subset=10000),
+        reduction=reduction,
+        precision="bf16",
+    )
+
+
+@recipe
+def deit_tiny_interpreters() -> Recipe:
+    """Interpreters for an untouched DeiT-Tiny from 1,000 unlabelled photos, handing over what they drop.
+
+    Cost: about 15 minutes on two CPU cores.
+    Expected: see the embedded interpreters' card.
+    Command: iared2 train deit_tiny_interpreters --data FOLDER --weights DEIT_TINY_FILE --output runs/deit_tiny
+    """
+    reduction = ReductionSettings(
+        groups=(4, 8),
+        interpreter=InterpreterConfig(policy="class"),
+        reward=RewardConfig(target="dense"),
+        on_drop="merge",
+        interpreter_epochs=8,
+        block_epochs=0,
+        warm_start_epochs=8,
+        warm_start_ratios=(0.65, 0.35),
+        interpreter_optim=OptimSettings(lr=2e-4, lr_batch=32),
+    )
+    return Recipe(
+        name="deit_tiny_interpreters",
+        backbone=BackboneSettings(model="deit_tiny_patch16_224.fb_in1k"),
+        data=DataSettings(batch_size=32, in_memory=True, held_out=200),
+        reduction=reduction,
+        log_every=25,
+    )
+
+
+def find_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A recipe by name, with `section.field=value` overrides applied and validated.
+
+    Raises:
+        ConfigError: an unknown recipe or field (answered with the nearest right one), or a value that does not fit.
+    """
+    if name not in RECIPES:
+        raise ConfigError(unknown_key(name, list(RECIPES)).replace("setting", "recipe"))
+    values = RECIPES[name]().model_dump(mode="json")
+    for path, value in parse_overrides(list(overrides)):
+        _put(values, path.split("."), value)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise explain_validation(error) from None
+
+
+def parse_overrides(tokens: list[str]) -> list[tuple[str, Any]]:
+    """`--a.b=1`, `--a.b 1` and `a.b=1` -> pairs of path and value; values are JSON where they parse as such."""
+    pairs, rest = [], list(tokens)
+    while rest:
+        token = rest.pop(0)
+        path, equals, text = token.removeprefix("--").partition("=")
+        if not equals:
+            if not token.startswith("--") or not rest:
+                raise ConfigError(f"override {token!r}: wanted section.field=value, e.g. --data.batch_size=64")
+            text = rest.pop(0)
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        pairs.append((path.replace("-", "_"), value))
+    return pairs
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        if not isinstance(values.get(part), dict):
+            if part not in values:
+                raise ConfigError(unknown_key(part, list(values)))
+            raise ConfigError(f"{'.'.join(path)}: {part!r} is {values[part]!r} in this recipe and has no fields to set")
+        values = values[part]
+    if path[-1] not in values:
+        raise ConfigError(unknown_key(path[-1], list(values)))
+    values[path[-1]] = value

@@ -1,0 +1,177 @@
+"""From a recipe to a finished model: builds data, backbone and stages, runs them, writes the result."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import timm
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import nn
+
+from iared2.curriculum import StagePlan, algorithm_1
+from iared2.data.arrays import ArrayBatches
+from iared2.errors import ConfigError
+from iared2.model import ReducedTransformer, reduce
+from iared2.saving import load_tensors, pretrained_backbone, save_reduced
+from iared2.seeds import seed_all
+from iared2.train.dense import DenseTask, held_out_accuracy
+from iared2.train.evaluation import held_out
+from iared2.train.feeds import Feeds, open_feeds
+from iared2.train.recipes import Recipe, ReductionSettings, find_recipe
+from iared2.train.tasks import BlocksTask, InterpreterTask
+from iared2.train.teacher import with_teacher
+from iared2.train.trainer import RunSettings, Stage, Trainer
+from iared2.train.warm_start import WarmStartTask
+
+logger = logging.getLogger("iared2.train")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a recipe runs: what the command line adds to it."""
+
+    output: Path
+    device: str = "auto"
+    workers: int = 0
+
+
+def run_recipe(
+    recipe: str,
+    overrides: list[str],
+    *,
+    output: Path | None,
+    data: Path | None,
+    weights: Path | None,
+    device: str,
+    dtype: str,
+    workers: int,
+    seed: int | None,
+) -> int:
+    """`iared2 train`: runs a recipe with the command line's choices. Returns the exit code."""
+    shortcuts = [f"data.train={data}"] if data is not None else []
+    shortcuts += [f"backbone.weights={weights}"] if weights is not None else []
+    shortcuts += [f"seed={seed}"] if seed is not None else []
+    shortcuts += [f"precision={'bf16' if dtype == 'bfloat16' else 'fp16'}"] if dtype in ("bfloat16", "float16") else []
+    chosen = find_recipe(recipe, [*shortcuts, *overrides])
+    train(chosen, RunOptions(output or Path("runs") / chosen.name, device, workers))
+    return 0
+
+
+def train(recipe: Recipe, options: RunOptions) -> Path:
+    """Runs a recipe, resuming where an earlier run of the same recipe in the same folder stopped.
+
+    Returns:
+        The folder of the finished model: `model/` for a reduction, else the run folder with `backbone.safetensors`.
+    """
+    if recipe.dense is None and recipe.reduction is None:
+        raise ConfigError(f"recipe {recipe.name}: has neither a dense training nor a reduction; set one of them")
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n")
+    accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=recipe.precision)
+    seed_all(recipe.seed)
+    backbone = build_backbone(recipe)
+    feeds = open_feeds(recipe, backbone, options.workers)
+    run = partial(_run_settings, recipe)
+    if recipe.dense is not None:
+        with separate_attention(backbone) if accelerator.device.type == "cpu" else nullcontext():
+            _train_dense(recipe, backbone, feeds, run(options.output / "dense"), accelerator)
+        if accelerator.is_main_process:
+            _save_backbone(backbone, options.output / "backbone.safetensors")
+    if recipe.reduction is None:
+        return options.output
+    model = _train_reduction(recipe, backbone, feeds, run(options.output / "reduction"), accelerator)
+    if accelerator.is_main_process:
+        save_reduced(model, options.output / "model", with_backbone=recipe.dense is not None or None)
+        logger.info("the reduced model is in %s", options.output / "model")
+    return options.output / "model"
+
+
+def _run_settings(recipe: Recipe, folder: Path) -> RunSettings:
+    quiet = {"log_every", "checkpoint_every"}
+    fingerprint = hashlib.sha256(recipe.model_dump_json(exclude=quiet).encode()).hexdigest()
+    return RunSettings(folder, fingerprint, recipe.seed, recipe.checkpoint_every, recipe.log_every)
+
+
+def build_backbone(recipe: Recipe) -> nn.Module:
+    """The recipe's backbone: from scratch if it is to be trained, else with its weights."""
+    settings = recipe.backbone
+    arguments = dict(settings.arguments)
+    if recipe.dense is not None and recipe.dense.patch_drop:
+        arguments["patch_drop_rate"] = max(max(recipe.dense.patch_drop), 1e-6)
+    name = settings.model.split(".")[0]
+    if settings.weights is not None:
+        if not timm.is_model(name):
+            raise ConfigError(f"backbone.model: timm has no model {name!r}; `iared2 models` lists what can be loaded")
+        backbone = timm.create_model(name, **arguments)
+        load_tensors(backbone, Path(settings.weights))
+        return backbone
+    if recipe.dense is not None:
+        return timm.create_model(name, **arguments)
+    return pretrained_backbone(settings.model, **arguments)
+
+
+def _train_dense(recipe: Recipe, backbone: nn.Module, feeds: Feeds, run: RunSettings, accelerator: Accelerator) -> None:
+    dense = recipe.dense
+    assert dense is not None  # the caller checked
+    batches = feeds.train
+    if dense.teacher is not None:
+        if not isinstance(batches, ArrayBatches):
+            raise ConfigError("dense.teacher: soft labels need pictures in memory; set data.in_memory=true")
+        arrays = with_teacher(batches.arrays, dense.teacher, run.folder / "teacher.safetensors", accelerator.device)
+        batches = replace(batches, arrays=arrays)
+    teacher = dense.teacher
+    task = DenseTask(backbone, dense.smoothing, teacher.weight if teacher else 0.0, teacher.temperature if teacher else 1.0, dense.patch_drop)
+    evaluate = None if feeds.held_out is None else partial(held_out_accuracy, backbone, feeds.held_out, accelerator.device)
+    Trainer(backbone.to(accelerator.device), run, accelerator).fit([Stage("dense", task, batches, dense.epochs, dense.optim, evaluate)])
+    if hasattr(backbone.patch_drop, "prob"):
+        backbone.patch_drop.prob = 0.0  # a regulariser of this training, not of the model
+
+
+def _train_reduction(recipe: Recipe, backbone: nn.Module, feeds: Feeds, run: RunSettings, accelerator: Accelerator) -> ReducedTransformer:
+    settings = recipe.reduction
+    assert settings is not None  # the caller checked
+    model = reduce(backbone, settings.groups, interpreter=settings.interpreter, on_drop=settings.on_drop).to(accelerator.device)
+    plans = algorithm_1(len(model.reducers), settings.interpreter_epochs, settings.block_epochs, settings.warm_start_epochs)
+    stages = [build_stage(plan, model, settings, feeds, accelerator) for plan in plans]
+    Trainer(model, run, accelerator).fit(stages)
+    return model.requires_grad_(True).eval()
+
+
+def build_stage(plan: StagePlan, model: ReducedTransformer, settings: ReductionSettings, feeds: Feeds, accelerator: Accelerator) -> Stage:
+    """One stage of the curriculum with its task, optimiser and held-out figures."""
+    if plan.kind == "warm_start":
+        task, optim = WarmStartTask(model, plan.group, settings.warm_start_ratios[plan.group]), settings.warm_start_optim
+    elif plan.kind == "interpreter":
+        task, optim = InterpreterTask(model, plan.group, settings.reward, settings.entropy_bonus), settings.interpreter_optim
+    else:
+        task, optim = BlocksTask(model, plan.group, settings.train_head, settings.block_target), settings.block_optim
+    evaluate = None
+    if feeds.held_out is not None:
+        evaluate = partial(held_out, model, feeds.held_out, plan.group + 1, accelerator.device)
+    return Stage(plan.name, task, feeds.train, plan.epochs, optim, evaluate)
+
+
+def _save_backbone(backbone: nn.Module, path: Path) -> None:
+    save_file({name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}, path)
+    logger.info("the trained backbone is in %s", path)
+
+
+@contextmanager
+def separate_attention(backbone: nn.Module) -> Iterator[None]:
+    """Has timm's attention run as separate operations inside a `with` block.
+
+    On CPU the fused kernel's backward takes longer than everything else in a small ViT together.
+    """
+    fused = [module for module in backbone.modules() if getattr(module, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True

@@ -1,0 +1,139 @@
+"""The stages of Algorithm 1 as tasks: REINFORCE for one interpreter, cross-entropy for the blocks behind it."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from iared2.keep import Sampled, Threshold
+from iared2.model import ReducedTransformer, State
+from iared2.reducers.base import Reduction
+from iared2.reward import RewardConfig, entropy, log_probability, policy_gradient_loss, reward
+from iared2.train.trainer import Task
+
+
+class GroupTask(Task):
+    """What the stages of one group share: the model, the group, and forward passes that stop or go on there."""
+
+    def __init__(self, model: ReducedTransformer, group: int) -> None:
+        super().__init__()
+        self.model, self.group = model, group
+        self.first_block = model.config.first_blocks[group]
+
+    @property
+    def reducer(self):  # noqa: ANN201 - an InterpreterReducer; nn.ModuleList is untyped
+        return self.model.reducers[self.group]
+
+    def frozen_prefix(self, images: Float[Tensor, "B C height width"]) -> State:
+        """The state in front of the group's reducer; earlier interpreters decide greedily. Stores no gradient."""
+        with torch.no_grad():
+            return self.model.walk(self.model.start(images), self.first_block, reduce=range(self.group))
+
+    def finish(self, state: State, reduction: Reduction) -> Float[Tensor, "B classes"]:
+        """Logits after a reduction; later groups keep everything, as the curriculum has it."""
+        state = self.model.walk(self.model.after_reduction(state, reduction), self.model.adapter.depth, reduce=())
+        return self.model.adapter.head(state.tokens).float()
+
+    @torch.no_grad()
+    def dense_logits(self, images: Float[Tensor, "B C height width"]) -> Float[Tensor, "B classes"]:
+        """Logits of the backbone with nothing dropped."""
+        state = self.model.walk(self.model.start(images), self.model.adapter.depth, reduce=())
+        return self.model.adapter.head(state.tokens).float()
+
+
+class InterpreterTask(GroupTask):
+    """REINFORCE for interpreter j (Eq. 2 and 3); everything else is frozen.
+
+    The sampled and the greedy pass share one frozen prefix, and no gradient is stored for the backbone: the
+    only differentiable part is the score. Decisions already taken by earlier interpreters are greedy.
+    """
+
+    def __init__(self, model: ReducedTransformer, group: int, config: RewardConfig, entropy_bonus: float = 0.0) -> None:
+        super().__init__(model, group)
+        self.config, self.entropy_bonus = config, entropy_bonus
+
+    def begin(self) -> None:
+        self.model.requires_grad_(False).eval()
+        self.reducer.requires_grad_(True)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = self.frozen_prefix(batch["images"])
+        layout = state.tokens.layout
+        goal_B = batch["labels"] if self.config.target == "label" else self.dense_logits(batch["images"]).argmax(1)
+        score_T = self.reducer.interpreter(state.tokens)
+        spare = self.model.adapter.needs_patch
+        with torch.no_grad():
+            sampled = self.reducer.apply_rule(Sampled(spare), score_T.detach(), state.tokens, state.key_THK)
+            greedy = self.reducer.apply_rule(Threshold(0.5, spare), score_T.detach(), state.tokens, state.key_THK)
+            reward_B = self._reward(state, sampled, goal_B)
+            baseline_B = self._reward(state, greedy, goal_B)
+        keep_T = torch.zeros_like(layout.is_patch_T).index_fill(0, sampled.chosen.index_S, True)
+        log_p_B = self._per_image(log_probability(score_T, keep_T), layout)
+        entropy_T = entropy(score_T)[layout.is_patch_T]
+        loss = policy_gradient_loss(log_p_B, reward_B - baseline_B) - self.entropy_bonus * entropy_T.mean()
+        return {
+            "loss": loss,
+            "reward": reward_B.mean(),
+            "baseline": baseline_B.mean(),
+            "keep_ratio": sampled.kept_B.float().mean() / layout.places,
+            "greedy_keep_ratio": greedy.kept_B.float().mean() / layout.places,
+            "entropy": entropy_T.mean(),
+        }
+
+    def _reward(self, state: State, reduction: Reduction, goal_B: Tensor) -> Float[Tensor, " B"]:
+        correct_B: Bool[Tensor, " B"] = self.finish(state, reduction).argmax(1) == goal_B
+        layout = reduction.before
+        entering_B = reduction.entering_B
+        patches_B = torch.full_like(entering_B, layout.places) if self.config.patches == "input" else entering_B
+        return reward(correct_B, reduction.kept_B, patches_B, self.config)
+
+    @staticmethod
+    def _per_image(value_T: Tensor, layout) -> Tensor:  # noqa: ANN001 - Layout
+        """Sums over an image's patch rows: prefix rows are not decisions."""
+        patch_T = torch.where(layout.is_patch_T, value_T, 0.0)
+        return patch_T.new_zeros(layout.images).index_add(0, layout.image_T, patch_T)
+
+
+class BlocksTask(GroupTask):
+    """Cross-entropy for the blocks of groups j..D with interpreters 1..j frozen and greedy.
+
+    Patch embedding, positions and prefix tokens stay fixed (section 3.2). The final norm and the head are
+    trained too if `train_head` (Algorithm 1 leaves them alone).
+    """
+
+    def __init__(self, model: ReducedTransformer, group: int, train_head: bool, target: Literal["label", "dense"] = "label") -> None:
+        super().__init__(model, group)
+        self.train_head, self.target = train_head, target
+
+    def trainable(self) -> set[str]:
+        """Names of the backbone's parameters that this stage trains."""
+        fixed = self.model.adapter.frozen_parameters()
+        names = {name for name, _ in self.model.backbone.named_parameters()} - fixed
+        blocks = {n for n in names if n.startswith("blocks.") and int(n.split(".")[1]) >= self.first_block}
+        return blocks | ({n for n in names if not n.startswith("blocks.")} if self.train_head else set())
+
+    def begin(self) -> None:
+        self.model.requires_grad_(False).eval()
+        chosen = self.trainable()
+        for name, parameter in self.model.backbone.named_parameters():
+            parameter.requires_grad_(name in chosen)
+        self.model.backbone.train()
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        images = batch["images"]
+        state = self.frozen_prefix(images)
+        with torch.no_grad():
+            reduction = self.reducer(state.tokens, state.key_THK)
+        logits = self.finish(state, reduction)
+        if self.target == "label":
+            loss = F.cross_entropy(logits, batch["labels"])
+        else:
+            teacher = batch["targets"].log_softmax(1)
+            loss = F.kl_div(logits.log_softmax(1), teacher, reduction="batchmean", log_target=True)
+        return {
+            "loss": loss,
+            "accuracy": (logits.argmax(1) == batch["labels"]).float().mean(),
+            "keep_ratio": reduction.kept_B.float().mean() / reduction.before.places,
+        }

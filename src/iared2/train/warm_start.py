@@ -1,0 +1,63 @@
+"""Warm start: an interpreter first imitates the dense model's own evidence, then REINFORCE takes over.
+
+The paper starts REINFORCE from scratch, which takes millions of images. The evidence here is exact and cheap:
+in every later block a token of mass m counts m times in attention, so d log p(c) / d m_i at m = 1 is, to first
+order, what class c gains or loses if patch i leaves that block. One backward pass gives it for all patches
+and blocks.
+"""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from iared2.keep import share_of
+from iared2.model import ReducedTransformer, State
+from iared2.tokens.packed import scatter_places
+from iared2.train.tasks import GroupTask
+
+
+class WarmStartTask(GroupTask):
+    """Binary cross-entropy towards the patches with the most evidence: the best `ratio` of the grid, per image."""
+
+    def __init__(self, model: ReducedTransformer, group: int, ratio: float) -> None:
+        super().__init__(model, group)
+        self.ratio = ratio
+
+    def begin(self) -> None:
+        self.model.requires_grad_(False).eval()
+        self.reducer.requires_grad_(True)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = self.frozen_prefix(batch["images"])
+        layout = state.tokens.layout
+        evidence_BN = scatter_places(mass_evidence(self, state), layout)
+        here_BN = scatter_places(torch.ones_like(layout.origin_T), layout) > 0
+        count = share_of(self.ratio, layout.places)
+        best = evidence_BN.masked_fill(~here_BN, float("-inf")).topk(count, dim=1).indices
+        wanted_BN = torch.zeros_like(evidence_BN).scatter_(1, best, 1.0)
+        score_BN = scatter_places(self.reducer.interpreter(state.tokens), layout)
+        loss = F.binary_cross_entropy(score_BN[here_BN], wanted_BN[here_BN])
+        agree = ((score_BN > 0.5) == (wanted_BN > 0.5))[here_BN].float().mean()
+        keep_ratio = ((score_BN > 0.5) & here_BN).float().mean()
+        return {"loss": loss, "agreement": agree, "keep_ratio": keep_ratio}
+
+
+def mass_evidence(task: GroupTask, state: State) -> Float[Tensor, " T"]:
+    """Sum over later blocks of |d log p(predicted class) / d mass in that block|, for every row.
+
+    Taken block by block, because effects of opposite sign in different blocks would cancel.
+    """
+    model, leaves = task.model, []
+    with torch.enable_grad():
+        for block in range(state.block, model.adapter.depth):
+            mass_T = state.tokens.mass_T
+            base_T = torch.ones_like(state.tokens.x_TD[:, 0]) if mass_T is None else mass_T
+            leaves.append(base_T.detach().float().requires_grad_())
+            weighted = replace(state, tokens=replace(state.tokens, mass_T=leaves[-1]))
+            state = model.run_block(weighted, block)
+            state = replace(state, tokens=replace(state.tokens, mass_T=mass_T))
+        gain = model.adapter.head(state.tokens).float().log_softmax(1).amax(1).sum()
+        return torch.stack([g.abs() for g in torch.autograd.grad(gain, leaves)]).sum(0)
