@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from iared2 import cost
 from iared2.backbones import adapt
+from iared2.compiling import capture_ragged
 from iared2.errors import ConfigError
 from iared2.handover import OnDrop
 from iared2.interpreter import Interpreter, InterpreterConfig
@@ -106,6 +107,8 @@ class ReducedTransformer(nn.Module, ModelHubMixin):
             rule = config.keep_rule(group, self.adapter.needs_patch)
             self.reducers.append(InterpreterReducer(interpreter, rule, config.on_drop))
         self.config = config
+        self.labels: list[str] | None = None  # class names, where the model knows them
+        self.files: tuple[Path, ...] = ()  # the weights files it was loaded from
         self._untouched = _fingerprint(backbone)
 
     # ---- the walk -------------------------------------------------------------------------------------
@@ -140,8 +143,14 @@ class ReducedTransformer(nn.Module, ModelHubMixin):
         attended = self.adapter.attend(block, state.tokens, wanted)
         return replace(state, tokens=self.adapter.feed(block, attended.tokens), key_THK=attended.key_THK, block=following)
 
+    @torch.compiler.disable(recursive=False, reason="torch.compile starts one frame further down, see iared2.compiling")
     def forward(self, images: Float[Tensor, "B C height width"]) -> Tensor:
         """Logits, as the backbone gives them."""
+        with capture_ragged():
+            return self.logits(images)
+
+    def logits(self, images: Float[Tensor, "B C height width"]) -> Tensor:
+        """What `forward` computes; torch.compile traces from here on."""
         return self.adapter.head(self.walk(self.start(images), self.adapter.depth).tokens)
 
     def trace(self, images: Float[Tensor, "B C height width"]) -> tuple[Tensor, Trace]:

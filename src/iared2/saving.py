@@ -5,6 +5,7 @@
 | config.json | schema version, the backbone's recipe for timm, the reduction's settings, preprocessing |
 | reducers.safetensors | interpreters |
 | backbone.safetensors | the backbone, only where it was trained after reduction or cannot be had otherwise |
+| labels.json | class names in the order of the logits, where the model knows them |
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from urllib.parse import urlparse
 
 import timm
 import torch
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -29,7 +30,7 @@ from iared2.model import ReducedTransformer, ReductionConfig
 from iared2.settings import explain_validation
 
 SCHEMA = 1
-FILES = ["config.json", "*.safetensors", "README.md"]
+FILES = ["config.json", "labels.json", "*.safetensors", "README.md"]
 
 
 def backbone_spec(backbone: nn.Module) -> dict[str, Any]:
@@ -63,6 +64,8 @@ def save_reduced(model: ReducedTransformer, folder: Path, with_backbone: bool | 
     _write_tensors(folder / "reducers.safetensors", model.reducers, half)
     if with_backbone:
         _write_tensors(folder / "backbone.safetensors", model.backbone, half)
+    if model.labels is not None:
+        (folder / "labels.json").write_text(json.dumps(model.labels, indent=0) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -107,10 +110,14 @@ def load_reduced(
         reduction = ReductionConfig.model_validate(config["reduction"])
     except ValidationError as error:
         raise WeightsError(f"{folder / 'config.json'}: {explain_validation(error)}") from None
+    built = backbone is None
     if backbone is None:
         backbone = _build_backbone(config["backbone"], folder, weights)
     model = ReducedTransformer(backbone, reduction)
     load_tensors(model.reducers, folder / "reducers.safetensors")
+    model.labels = _read_labels(folder)
+    source = _backbone_file(config["backbone"], folder, weights, backbone) if built else None
+    model.files = (folder / "reducers.safetensors", *([source] if source else []))
     return model.to(device).eval()
 
 
@@ -127,6 +134,30 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if config.get("schema", 0) > SCHEMA:
         raise WeightsError(f"{path}: schema {config['schema']}, but this version reads up to {SCHEMA}; upgrade iared2")
     return config
+
+
+def _read_labels(folder: Path) -> list[str] | None:
+    path = folder / "labels.json"
+    if not path.is_file():
+        return None
+    try:
+        labels = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path}: not valid JSON ({error}); it holds a list of class names") from None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise WeightsError(f"{path}: got something else than a list of class names")
+    return labels
+
+
+def _backbone_file(spec: dict[str, Any], folder: Path, weights: str | Path | None, backbone: nn.Module) -> Path | None:
+    """The file that a built backbone's weights came from, where it is known."""
+    if weights is not None:
+        return Path(weights)
+    if spec["included"]:
+        return folder / "backbone.safetensors"
+    hub_id = (getattr(backbone, "pretrained_cfg", None) or {}).get("hf_hub_id")
+    cached = try_to_load_from_cache(hub_id, "model.safetensors") if hub_id else None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _build_backbone(spec: dict[str, Any], folder: Path, weights: str | Path | None) -> nn.Module:

@@ -1,8 +1,9 @@
 """Labelled pictures of one size held in memory as uint8, and batches made from them without decoding."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -59,6 +60,7 @@ class Preprocess:
         mean, std: per channel, on the scale 0..1.
         min_scale: smallest share of the picture's area that a random training crop keeps (1 = no crop).
         flip: mirror half of the training pictures.
+        crop_pct, crop_mode, interpolation: timm's, for pictures of other sizes in evaluation.
     """
 
     size: tuple[int, int]
@@ -66,6 +68,22 @@ class Preprocess:
     std: tuple[float, float, float]
     min_scale: float = 0.6
     flip: bool = True
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
+
+    @classmethod
+    def from_timm(cls, data: Mapping[str, Any], **changes: Any) -> "Preprocess":
+        """From a data configuration as `timm.data.resolve_model_data_config` gives it."""
+        values = {
+            "size": tuple(data["input_size"][-2:]),
+            "mean": tuple(data["mean"]),
+            "std": tuple(data["std"]),
+            "crop_pct": data.get("crop_pct") or 1.0,
+            "crop_mode": data.get("crop_mode") or "center",
+            "interpolation": data.get("interpolation") or "bicubic",
+        }
+        return cls(**{**values, **changes})
 
 
 def normalise(pixels: UInt8[Tensor, "b h w 3"], mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "b 3 h w"]:
@@ -137,10 +155,8 @@ class ArrayBatches:
 
     def _batch(self, chosen: Int[Tensor, " b"], draw: torch.Generator) -> dict[str, Tensor]:
         arrays = self.arrays
-        if self.train:
-            images = random_views(arrays.pixels[chosen], self.how, draw)
-        else:
-            images = plain_batch(arrays.pixels[chosen], self.how)
+        pixels = arrays.pixels[chosen]
+        images = random_views(pixels, self.how, draw) if self.train else plain_batch(pixels, self.how)
         batch = {"images": images, "labels": arrays.labels[chosen], "indices": chosen}
         if arrays.targets is not None:
             batch["targets"] = arrays.targets[chosen].float()

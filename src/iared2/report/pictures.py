@@ -17,7 +17,7 @@ HEAT = 0.6  # share of the heat in an overlay; the rest is the photo in grey
 FADE = 0.8  # share of the pale tone where a patch was dropped
 PALE = (226, 229, 236)
 GAP = 12
-SMALLEST, LARGEST = 320, 960  # bounds for the sides of a panel in pixels
+SMALLEST, LARGEST = 320, 720  # bounds for the sides of a panel in pixels
 
 
 def overlay(photo: Image.Image, scores: Float[np.ndarray, "h w"]) -> Image.Image:

@@ -6,10 +6,11 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
-from iared2.settings import Settings
+from iared2.errors import ConfigError
+from iared2.settings import Settings, unknown_key
 
 
 class OptimSettings(Settings):
@@ -44,6 +45,8 @@ def schedule_factor(settings: OptimSettings, step: int, total: int) -> float:
 
 def build_optimizer(module: nn.Module, settings: OptimSettings, global_batch: int) -> torch.optim.Optimizer:
     """A timm optimiser over the parameters of `module` that require gradients; each group remembers its peak rate."""
+    if settings.optimizer not in list_optimizers():
+        raise ConfigError(unknown_key(settings.optimizer, list_optimizers()).replace("setting", "optimizer"))
     lr = settings.lr * global_batch / settings.lr_batch
     kwargs = {} if settings.optimizer == "sgd" else {"betas": settings.betas}
     optimizer = create_optimizer_v2(module, opt=settings.optimizer, lr=lr, weight_decay=settings.weight_decay, **kwargs)

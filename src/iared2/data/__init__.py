@@ -1,0 +1,1 @@
+"""Layer 6: pictures as data, thin over timm.data."""

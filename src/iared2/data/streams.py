@@ -1,0 +1,190 @@
+"""Labelled pictures that can only be read from front to back: WebDataset shards, streamed hub data sets."""
+
+import random
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data.readers import create_reader
+from torch import Tensor
+
+from iared2.data.arrays import Preprocess
+from iared2.data.images import note_broken, reason
+from iared2.data.views import make_transform, seeded
+from iared2.errors import DataError, HubError
+from iared2.seeds import derive_seed
+
+Sample = tuple[str, Image.Image, int]
+IMAGE_KEYS = ("jpg", "png", "webp")  # what timm's WebDataset reader takes for pictures
+
+
+@dataclass(frozen=True)
+class StreamedImages:
+    """Labelled pictures in a fixed order, read from front to back as often as asked.
+
+    Attributes:
+        start: starts a pass; gives name, RGB picture and label of each sample that can be read.
+        examples: how many samples there are, broken ones included.
+        skipped: name -> reason of every picture found broken so far.
+    """
+
+    start: Callable[[], Iterator[Sample]] = field(repr=False)
+    examples: int
+    skipped: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return self.examples
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self.start()
+
+
+def open_stream(prefix: str, rest: str, splits: Sequence[str], root: Path | None) -> StreamedImages:
+    """A stream through timm's readers; the splits are spellings of one name.
+
+    Raises:
+        DataError: no shards, or nothing that can be counted.
+        HubError: a hub data set that cannot be had.
+    """
+    skipped: dict[str, str] = {}
+    if prefix == "wds":
+        folder, shards = _shards(rest, splits)
+        keys = [key for shard in shards for key in _keys(folder / shard)]
+        if not keys:
+            raise DataError(f"wds/{rest}: no pictures in the shards; wanted tar files with KEY.jpg (or png, webp) and KEY.cls")
+        reader = create_reader("wds/", root=str(folder), split="::".join(shards))
+        return StreamedImages(partial(_pass_shards, reader, keys, skipped), len(keys), skipped)
+    problem: Exception | None = None
+    for split in splits:
+        try:
+            reader = create_reader(f"{prefix}/{rest}", root=None if root is None else str(root), split=split)
+            return StreamedImages(partial(_pass_reader, reader, rest), len(reader), skipped)
+        except ValueError as error:
+            problem = problem or error
+        except (OSError, RuntimeError) as error:
+            raise HubError(f"data set {rest!r} cannot be had ({reason(error)}); check the name, or connect to the network") from None
+    raise DataError(f"{prefix}/{rest}: no split {splits[0]!r} that can be read ({reason(problem or ValueError(''))})")
+
+
+def _shards(rest: str, splits: Sequence[str]) -> tuple[Path, list[str]]:
+    """The folder and the shard names of a folder, of one shard, or of a pattern with braces."""
+    from webdataset.shardlists import expand_urls
+
+    path = Path(rest)
+    if not path.is_dir():
+        names = list(expand_urls(path.name))
+        absent = [name for name in names if not (path.parent / name).is_file()]
+        if absent:
+            wanted = "a folder of .tar shards, or names like x-{0000..0009}.tar"
+            raise DataError(f"wds/{rest}: no shard {path.parent / absent[0]}; wanted {wanted}")
+        return path.parent, names
+    for folder in (*(path / split for split in splits), path):
+        found = sorted(shard.name for shard in folder.glob("*.tar")) if folder.is_dir() else []
+        named = [name for name in found if any(split in name for split in splits)]
+        if found:
+            return folder, named if folder == path and named else found
+    raise DataError(f"wds/{rest}: no .tar shards in this folder")
+
+
+def _keys(shard: Path) -> Iterator[str]:
+    """Names of the samples in a shard, without reading the pictures."""
+    try:
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                folder, slash, name = member.name.rpartition("/")
+                key, _, extension = name.partition(".")
+                if member.isfile() and extension.lower() in IMAGE_KEYS:
+                    yield folder + slash + key
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{shard}: not a readable tar ({reason(error)})") from None
+
+
+def _pass_shards(reader: Any, keys: list[str], skipped: dict[str, str]) -> Iterator[Sample]:
+    """One pass over the shards; a key that does not come out was broken (timm logs why)."""
+    if reader.ds is None:
+        next(iter(reader), None)  # timm builds its pipeline on first use
+    expected = iter(keys)
+    for sample in reader.ds:
+        for key in expected:
+            if key == sample["__key__"]:
+                break
+            note_broken(skipped, key, "cannot be decoded, or has no label")
+        yield sample["__key__"], sample["image"], int(sample["target"])
+    for key in expected:
+        note_broken(skipped, key, "cannot be decoded, or has no label")
+
+
+def _pass_reader(reader: Any, name: str) -> Iterator[Sample]:
+    for number, (image, label) in enumerate(reader):
+        yield f"{name}:{number}", image.convert("RGB"), int(label)
+
+
+@dataclass(frozen=True)
+class StreamBatches:
+    """Batches over a stream, with the protocol of `ArrayBatches` and as reproducible.
+
+    Training shuffles through a buffer. A resumed epoch reads past what was seen; ranks decode the whole
+    stream and keep their share: many ranks want data with random access.
+    """
+
+    images: StreamedImages
+    how: Preprocess
+    batch_size: int
+    seed: int = 0
+    train: bool = True
+    buffer: int = 2048
+
+    @property
+    def examples(self) -> int:
+        return len(self.images)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        return self.images.skipped
+
+    def steps(self, world: int = 1) -> int:
+        """Batches per epoch and rank; training drops the last incomplete one, evaluation keeps it."""
+        per_step = self.batch_size * world
+        return max(1, self.examples // per_step) if self.train else -(-self.examples // per_step)
+
+    def epoch(self, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
+        """The batches of one epoch for one rank, from step `start` on."""
+        transform = make_transform(self.how, self.train)
+        per_step = self.batch_size * world
+        samples = self._samples(epoch)
+        for step in range(self.steps(world)):
+            chunk = list(islice(samples, per_step))
+            if not chunk:
+                return
+            if step < start or not chunk[rank::world]:
+                continue
+            views, places = [], range(step * per_step + rank, step * per_step + len(chunk), world)
+            for place, (_, image, _) in zip(places, chunk[rank::world], strict=True):
+                with seeded(self.seed, epoch, place, active=self.train):
+                    views.append(transform(image))
+            labels = torch.tensor([label for _, _, label in chunk[rank::world]])
+            yield {"images": torch.stack(views), "labels": labels, "indices": torch.tensor(list(places))}
+
+    def _samples(self, epoch: int) -> Iterator[Sample]:
+        if not self.train:
+            yield from self.images
+            return
+        draw = random.Random(derive_seed(self.seed, epoch))
+        waiting: list[Sample] = []
+        found = True
+        while found:  # again from the front where broken pictures left the epoch short
+            found = False
+            for sample in self.images:
+                found = True
+                waiting.append(sample)
+                if len(waiting) >= min(self.buffer, self.examples):
+                    yield waiting.pop(draw.randrange(len(waiting)))
+            while waiting:
+                yield waiting.pop(draw.randrange(len(waiting)))
+        raise DataError("no picture of the stream can be read")

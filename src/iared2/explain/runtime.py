@@ -1,0 +1,39 @@
+"""Where and how precisely to run: from words on a command line to torch's objects."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from iared2.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is any, otherwise the CPU.
+
+    Raises:
+        ConfigError: no such device, or not on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or ["not available"])[0][:120]
+        raise ConfigError(f"device: got {name!r}, which cannot be used here ({reason}); try --device cpu") from None
+    return device
+
+
+def precision(device: torch.device, dtype: str) -> AbstractContextManager:
+    """A context in which matrix products run in `dtype` (float32 changes nothing).
+
+    Raises:
+        ConfigError: a dtype that is not supported.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[dtype])
