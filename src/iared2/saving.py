@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.layers import PatchEmbed
 from torch import nn
 
 from iared2 import assets
@@ -36,12 +37,23 @@ FILES = ["config.json", "labels.json", "*.safetensors", "README.md"]
 def backbone_spec(backbone: nn.Module) -> dict[str, Any]:
     """What `timm.create_model` needs to build this backbone again, without weights."""
     known = getattr(backbone, "pretrained_cfg", None) or {}
-    arguments: dict[str, Any] = {"num_classes": backbone.num_classes, "img_size": list(backbone.patch_embed.img_size)}
+    given = {k: v for k, v in getattr(backbone, "_model_args", {}).items() if _plain(v) and k != "patch_drop_rate"}
+    embed = backbone.patch_embed
+    seen: dict[str, Any] = {"num_classes": backbone.num_classes, "img_size": list(embed.img_size)}
+    if type(embed) is PatchEmbed:
+        seen["patch_size"] = list(embed.patch_size)
     if getattr(backbone, "dynamic_img_size", False):
-        arguments["dynamic_img_size"] = True
+        seen["dynamic_img_size"] = True
     if backbone.global_pool != "token":
-        arguments["global_pool"] = backbone.global_pool
-    return {"architecture": known.get("architecture"), "tag": known.get("tag") or None, "arguments": arguments}
+        seen["global_pool"] = backbone.global_pool
+    return {"architecture": known.get("architecture"), "tag": known.get("tag") or None, "arguments": {**given, **seen}}
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value survives JSON."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def save_reduced(model: ReducedTransformer, folder: Path, with_backbone: bool | None = None, half: bool = False) -> None:
@@ -60,6 +72,7 @@ def save_reduced(model: ReducedTransformer, folder: Path, with_backbone: bool | 
         "backbone": backbone_spec(model.backbone) | {"included": with_backbone},
         "reduction": model.config.model_dump(mode="json"),
         "data": {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()},
+        "class_ids": getattr(model.backbone, "class_ids", None),
     }
     _write_tensors(folder / "reducers.safetensors", model.reducers, half)
     if with_backbone:
@@ -113,6 +126,8 @@ def load_reduced(
     built = backbone is None
     if backbone is None:
         backbone = _build_backbone(config["backbone"], folder, weights)
+    if config.get("class_ids") and not hasattr(backbone, "class_ids"):
+        backbone.class_ids = list(config["class_ids"])
     model = ReducedTransformer(backbone, reduction)
     load_tensors(model.reducers, folder / "reducers.safetensors")
     model.labels = _read_labels(folder)
@@ -164,8 +179,7 @@ def _build_backbone(spec: dict[str, Any], folder: Path, weights: str | Path | No
     architecture, arguments = spec["architecture"], dict(spec["arguments"])
     if architecture is None:
         raise WeightsError(f"{folder}: the backbone is not a named timm model; give it as `backbone=`")
-    if "img_size" in arguments:
-        arguments["img_size"] = tuple(arguments["img_size"])
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     if spec["included"] or weights is not None:
         backbone = timm.create_model(architecture, **arguments)
         load_tensors(backbone, Path(weights) if weights is not None else folder / "backbone.safetensors")

@@ -36,11 +36,9 @@ class ImageArrays:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def subset(self, count: int, seed: int) -> "ImageArrays":
-        """A fixed random subset of `count` pictures (all of them if there are fewer)."""
-        if count >= len(self):
-            return self
-        chosen = torch.randperm(len(self), generator=generator(seed))[:count].sort().values
+    def select(self, rows: Sequence[int]) -> "ImageArrays":
+        """The pictures at `rows`, in that order."""
+        chosen = torch.as_tensor(rows, dtype=torch.int64)
         return replace(
             self,
             pixels=self.pixels[chosen],
@@ -49,6 +47,12 @@ class ImageArrays:
             boxes=None if self.boxes is None else self.boxes[chosen],
             targets=None if self.targets is None else self.targets[chosen],
         )
+
+    def subset(self, count: int, seed: int) -> "ImageArrays":
+        """A fixed random subset of `count` pictures (all of them if there are fewer)."""
+        if count >= len(self):
+            return self
+        return self.select(torch.randperm(len(self), generator=generator(seed))[:count].sort().values.tolist())
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from iared2.errors import DataError
 
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 8
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .mpo .png .apng .gif .webp .bmp .dib .tif .tiff .avif .avifs .ppm .pgm .pbm .pnm .jp2 .j2k .jpx".split()
 )

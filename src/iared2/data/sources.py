@@ -68,7 +68,13 @@ def open_data(source: str | Path, split: str = "val", classes: Sequence[str] | N
         wanted = "a folder of class folders or with a labels.csv, a .tar, a .parquet file, or a name like hfds/NAME"
         raise DataError(f"{path}: {state}; wanted {wanted}")
     if is_tiny_imagenet(path):
-        return relabel(load_tiny_imagenet(path, "val" if split in SPLITS[1] else split), classes, str(path))
+        try:
+            arrays = load_tiny_imagenet(path, next((group[0] for group in SPLITS if split in group), split))
+        except (OSError, IndexError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path}: Tiny-ImageNet's {split} split is not complete ({reason(error)})") from None
+        return relabel(arrays, classes, str(path))
     for folder in (path, *(path / name for name in spellings(split))):
         if (folder / "labels.csv").is_file():
             return _open_table(folder)

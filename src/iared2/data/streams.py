@@ -3,7 +3,7 @@
 import random
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -43,6 +43,14 @@ class StreamedImages:
 
     def __iter__(self) -> Iterator[Sample]:
         return self.start()
+
+    def subset(self, count: int, seed: int = 0) -> "StreamedImages":  # noqa: ARG002 - the same call as for other data
+        """The first `count` samples: a stream has no others without reading all."""
+        return replace(self, start=partial(_first, self.start, count), examples=min(count, self.examples))
+
+
+def _first(start: Callable[[], Iterator[Sample]], count: int) -> Iterator[Sample]:
+    return islice(start(), count)
 
 
 def open_stream(prefix: str, rest: str, splits: Sequence[str], root: Path | None) -> StreamedImages:

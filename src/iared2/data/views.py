@@ -17,10 +17,16 @@ from iared2.seeds import seed_all
 
 def make_transform(how: Preprocess, train: bool) -> Callable[[Image.Image], Tensor]:
     """timm's evaluation transform (resize, crop), or for training a random resized crop and a flip only."""
-    common: dict[str, Any] = {"input_size": (3, *how.size), "mean": how.mean, "std": how.std, "interpolation": how.interpolation}
+    common: dict[str, Any] = {
+        "input_size": (3, *how.size),
+        "mean": how.mean,
+        "std": how.std,
+        "interpolation": how.interpolation,
+        "color_jitter": None,
+    }
     if not train:
         return create_transform(**common, crop_pct=how.crop_pct, crop_mode=how.crop_mode)
-    return create_transform(**common, is_training=True, scale=(how.min_scale, 1.0), hflip=0.5 if how.flip else 0.0, color_jitter=0.0)
+    return create_transform(**common, is_training=True, scale=(how.min_scale, 1.0), hflip=0.5 if how.flip else 0.0)
 
 
 @contextmanager

@@ -187,7 +187,7 @@ class Gallery:
         model, config, how = self.model, self.model.config, self.prepare
         return records.RunFacts(
             model={
-                "name": self.settings.model,
+                "name": Path(self.settings.model).name if Path(self.settings.model).is_dir() else self.settings.model,
                 "architecture": (model.pretrained_cfg or {}).get("architecture"),
                 "classes": model.num_classes,
                 "groups": len(config.first_blocks),

@@ -123,12 +123,13 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, layout: Layo
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, image_T: Int[Tensor, " T"], dropout: float) -> Tensor:
-    scores_HTT = torch.einsum("thk,shk->hts", q, k) * q.shape[-1] ** -0.5
+    exact = torch.promote_types(q.dtype, torch.float32)  # as fused kernels do inside
+    scores_HTT = torch.einsum("thk,shk->hts", q.to(exact), k.to(exact)) * q.shape[-1] ** -0.5
     if bias_T is not None:
         scores_HTT = scores_HTT + bias_T
     other = image_T[:, None] != image_T[None, :]
     weights = scores_HTT.masked_fill(other, float("-inf")).softmax(-1)
-    return torch.einsum("hts,shv->thv", F.dropout(weights, dropout), v)
+    return torch.einsum("hts,shv->thv", F.dropout(weights, dropout), v.to(exact)).to(v.dtype)
 
 
 @torch.library.custom_op("iared2::segments", mutates_args=())
@@ -147,19 +148,27 @@ def _segments_shape(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, cu_B
 def _segments_backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, cu_B1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `segments` by recomputing it."""
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = _segments(*inputs, bias_T, cu_B1.tolist(), 0.0)
-        grads = torch.autograd.grad(out, inputs, grad)
-    return tuple(g.contiguous() for g in grads)
+    """Gradients of `segments`, spelled out: autograd is not at work inside an operator."""
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    offsets, scale = cu_B1.tolist(), q.shape[-1] ** -0.5
+    exact = torch.promote_types(q.dtype, torch.float32)  # as fused kernels do inside
+    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+        q_HnK, k_HnK, v_HnK, g_HnK = (x[start:stop].transpose(0, 1).to(exact) for x in (q, k, v, grad))
+        scores = (q_HnK * scale) @ k_HnK.transpose(1, 2)
+        weights = (scores if bias_T is None else scores + bias_T[start:stop]).softmax(-1)
+        slope = weights * (g_HnK @ v_HnK.transpose(1, 2))
+        slope -= weights * slope.sum(-1, keepdim=True)
+        grad_q[start:stop] = (slope @ k_HnK * scale).transpose(0, 1)
+        grad_k[start:stop] = (slope.transpose(1, 2) @ q_HnK * scale).transpose(0, 1)
+        grad_v[start:stop] = (weights.transpose(1, 2) @ g_HnK).transpose(0, 1)
+    return grad_q, grad_k, grad_v
 
 
 @_segments_backward_op.register_fake
 def _segments_backward_shape(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, cu_B1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _remember(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's signature

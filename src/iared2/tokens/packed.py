@@ -190,15 +190,17 @@ def merge(tokens: PackedTokens, chosen: Selection, carrier_T: Int[Tensor, " T"])
         carrier_T: for each row the row that carries it on: itself if chosen, -1 if it is lost.
     """
     layout = tokens.layout
-    mass_T = tokens.mass_T if tokens.mass_T is not None else tokens.x_TD.new_ones(len(tokens.x_TD))
+    exact = torch.promote_types(tokens.x_TD.dtype, torch.float32)  # bf16 counts to 256 only
+    mass_T = tokens.mass_T if tokens.mass_T is not None else tokens.x_TD.new_ones(len(tokens.x_TD), dtype=exact)
     lost_T = carrier_T < 0
     goal_T = torch.where(lost_T, torch.arange(len(carrier_T), device=carrier_T.device), carrier_T)
     given_T = torch.where(lost_T, 0.0, mass_T)
     total_T = torch.zeros_like(mass_T).index_add(0, goal_T, given_T)
-    summed_TD = torch.zeros_like(tokens.x_TD).index_add(0, goal_T, tokens.x_TD * given_T[:, None].to(tokens.x_TD.dtype))
+    weighted_TD = tokens.x_TD.to(exact) * given_T[:, None]
+    summed_TD = torch.zeros_like(weighted_TD).index_add(0, goal_T, weighted_TD)
     index_S = chosen.index_S
     kept = take(replace(tokens, mass_T=total_T), chosen)
-    mean_SD = summed_TD[index_S] / total_T[index_S][:, None].to(tokens.x_TD.dtype)
+    mean_SD = (summed_TD[index_S] / total_T[index_S][:, None]).to(tokens.x_TD.dtype)
     # A row that received nothing keeps its exact value: dividing m x by m again would cost a rounding.
     alone_S = total_T[index_S] == mass_T[index_S]
     x_SD = torch.where(alone_S[:, None], tokens.x_TD[index_S], mean_SD)

@@ -1,11 +1,23 @@
 """The pictures of a recipe as batches: training, and a held-out part to watch the run."""
 
+import logging
 from dataclasses import dataclass
 
+import timm
+import torch
 from torch import nn
 
-from iared2.train.recipes import Recipe
+from iared2.data.arrays import ImageArrays, Preprocess
+from iared2.data.batches import make_batches, to_arrays
+from iared2.data.images import LabelledImages
+from iared2.data.labels import check_labels, model_class_ids
+from iared2.data.sources import Data, open_data
+from iared2.errors import ConfigError
+from iared2.seeds import generator
+from iared2.train.recipes import DataSettings, Recipe
 from iared2.train.trainer import Batches
+
+logger = logging.getLogger("iared2.train")
 
 
 @dataclass(frozen=True)
@@ -17,4 +29,49 @@ class Feeds:
 
 
 def open_feeds(recipe: Recipe, backbone: nn.Module, workers: int) -> Feeds:
-    raise NotImplementedError
+    """Opens a recipe's data for a backbone, whose class ids and preprocessing it takes.
+
+    Raises:
+        ConfigError: no data was named, or more pictures are to be held out than there are.
+        DataError: data that cannot be read or does not fit the backbone's classes.
+    """
+    settings = recipe.data
+    if settings.train is None:
+        raise ConfigError("data.train: no training data named; give --data FOLDER")
+    how = Preprocess.from_timm(timm.data.resolve_model_data_config(backbone), min_scale=settings.min_scale, flip=settings.flip)
+    classes = model_class_ids(backbone)
+    data = _in_memory(open_data(settings.train, settings.train_split, classes), settings, how)
+    if isinstance(data, ImageArrays) and data.class_ids and len(data.class_ids) == backbone.num_classes:
+        backbone.class_ids = list(data.class_ids)  # so that the saved model knows what its outputs mean
+    held_out, data = _hold_out(data, settings, classes, how)
+    for part in (data, held_out):
+        if isinstance(part, (ImageArrays, LabelledImages)):
+            check_labels(part.labels, backbone.num_classes, settings.train)
+    if settings.subset is not None and isinstance(data, (ImageArrays, LabelledImages)):
+        data = data.subset(settings.subset, recipe.seed)
+    train = make_batches(data, how, settings.batch_size, recipe.seed, train=True, workers=workers)
+    watch = None if held_out is None else make_batches(held_out, how, min(100, settings.batch_size), recipe.seed, train=False, workers=workers)
+    return Feeds(train, watch)
+
+
+def _in_memory(data: Data, settings: DataSettings, how: Preprocess) -> Data:
+    return to_arrays(data, how.size) if settings.in_memory and isinstance(data, LabelledImages) else data
+
+
+def _hold_out(data: Data, settings: DataSettings, classes: list[str] | None, how: Preprocess) -> tuple[Data | None, Data]:
+    """The held-out part and what is left to train on."""
+    if settings.held_out:
+        if not isinstance(data, (ImageArrays, LabelledImages)) or settings.held_out >= len(data):
+            raise ConfigError(f"data.held_out: cannot take {settings.held_out} pictures away from {settings.train}; name data.val instead")
+        order = torch.randperm(len(data), generator=generator(0)).tolist()
+        return data.select(sorted(order[: settings.held_out])), data.select(sorted(order[settings.held_out :]))
+    source = settings.val if settings.val is not None else settings.train
+    if source == settings.train and settings.val_split == settings.train_split:
+        return None, data
+    found = open_data(source, settings.val_split, classes)
+    if isinstance(found, LabelledImages) and isinstance(data, LabelledImages) and list(found.names) == list(data.names):
+        logger.info("%s has no separate %s part: nothing is held out", source, settings.val_split)
+        return None, data
+    if settings.val_subset is not None and isinstance(found, (ImageArrays, LabelledImages)):
+        found = found.subset(settings.val_subset, 0)
+    return _in_memory(found, settings, how), data

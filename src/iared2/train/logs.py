@@ -110,7 +110,7 @@ class StageLog:
         self._scalars(step, {f"val_{name}": value for name, value in values.items()})
         text = " ".join(f"{name} {value:.4g}" for name, value in values.items())
         logger.info("%s epoch %d held-out %s", self.stage, epoch, text)
-        self._since = time.perf_counter()
+        self._images, self._since = 0, time.perf_counter()  # the next rate leaves the evaluation out
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         if self._board is not None:

@@ -1,0 +1,365 @@
+"""The command line: `iared2 explain`, `eval`, `train`, `models`. The only place that configures logging and catches errors.
+
+Exit codes: 0 all is well; 1 some files failed; 2 nothing could be done, or the command is wrong; 70 a defect of ours; 130 interrupted.
+"""
+
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.markup import escape
+
+from iared2 import __version__
+from iared2.assets import DEFAULT
+from iared2.errors import ConfigError, DataError, IARED2Error
+
+if TYPE_CHECKING:
+    from iared2.model import ReducedTransformer
+    from iared2.report.gallery import Outcome
+
+FAILED, NOTHING_DONE, DEFECT, INTERRUPTED = 1, 2, 70, 130
+_SHOWN = 20  # photos listed on the screen; the page has all
+
+app = App(
+    name="iared2",
+    version=__version__,
+    help="Vision transformers that drop, per image, the patches that do not matter, and show which ones did.",
+    help_epilogue="Start with: iared2 explain -p PHOTO -o OUT, then open OUT/index.html.",
+    help_format="plaintext",
+    version_format="plaintext",
+    suppress_keyboard_interrupt=False,  # main says one line
+)
+
+OnDropChoice = Literal["discard", "merge"]
+DtypeChoice = Literal["float32", "bfloat16", "float16"]
+Threshold = Annotated[float | None, Parameter(help="Keep patches whose score is above this; -1 keeps all. Default: the model's own.")]
+OnDropOption = Annotated[OnDropChoice | None, Parameter(help="What becomes of dropped patches. Default: the model's own choice.")]
+WeightsOption = Annotated[Path | None, Parameter(help="A safetensors file with the backbone's weights.")]
+ModelOption = Annotated[str, Parameter(name=["--model", "-m"], help="Embedded model, model folder or hub id; see `iared2 models`.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Common:
+    """Options that every command takes."""
+
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, ...")] = "auto"
+    dtype: Annotated[DtypeChoice, Parameter(help="Precision of matrix products.")] = "float32"
+    batch_size: Annotated[int | None, Parameter(help="Images per forward pass. Default: the command's own.")] = None
+    workers: Annotated[int, Parameter(help="Threads or processes that read files.")] = min(4, os.cpu_count() or 1)
+    seed: Annotated[int | None, Parameter(help="Seed of every random choice. Default: 0, or the recipe's.")] = None
+    debug: Annotated[bool, Parameter(negative="", help="Show tracebacks.")] = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"--batch-size: got {self.batch_size}, wanted 1 or more")
+        if self.workers < 0:
+            raise ConfigError(f"--workers: got {self.workers}, wanted 0 or more")
+        if self.seed is not None and self.seed < 0:
+            raise ConfigError(f"--seed: got {self.seed}, wanted 0 or more")
+
+
+_COMMON = Common()
+
+
+def _screen() -> Console:
+    """Standard output, without guesses about what to colour, and wide enough for tables where nobody watches."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=120)
+
+
+# ---- explain --------------------------------------------------------------------------------------------------
+
+
+@app.command
+def explain(
+    *,
+    photos: Annotated[
+        list[str],
+        Parameter(name=["--photos", "-p"], consume_multiple=True, negative="", metavar="PATH", help="Photos, folders (with sub-folders) or glob patterns."),
+    ],
+    output: Annotated[Path, Parameter(name=["--output", "-o"], help="Folder for the results.")],
+    model: ModelOption = DEFAULT,
+    weights: WeightsOption = None,
+    threshold: Threshold = None,
+    on_drop: OnDropOption = None,
+    common: Common = _COMMON,
+) -> int:
+    """Show what the model looked at in photos, and what it dropped group by group.
+
+    Writes heatmaps, the paper's Figure 4, raw maps, a page (index.html) and, last, manifest.json.
+    """
+    from iared2.data.pictures import find_pictures
+    from iared2.report.files import open_folder
+    from iared2.report.gallery import Gallery, GallerySettings
+    from iared2.seeds import seed_all
+
+    paths, failed = find_pictures(photos, outside=output)
+    if not paths:
+        raise DataError("; ".join(failure.reason for failure in failed) or "--photos: nothing was given; name photos, a folder or a pattern")
+    open_folder(output)
+    seed_all(common.seed or 0)
+    loaded = _load(model, weights, threshold, on_drop, common.device)
+    settings = GallerySettings(model, common.device, common.dtype, common.batch_size or 16, common.workers, common.seed or 0)
+    gallery = Gallery(loaded, output, settings)
+    with _progress() as bar:
+        task = bar.add_task("explaining", total=len(paths))
+        outcome = gallery.run(paths, lambda _: bar.advance(task), failed)
+    return _tell(outcome, output, len(paths))
+
+
+def _load(name: str, weights: Path | None, threshold: float | None, on_drop: OnDropChoice | None, device: str) -> "ReducedTransformer":
+    """The model as the options want it."""
+    from iared2.explain.runtime import pick_device
+    from iared2.saving import load_reduced
+
+    if threshold is not None and math.isnan(threshold):
+        raise ConfigError("--threshold: got nan, wanted a number; -1 keeps all patches")
+    loaded = load_reduced(name, weights=weights, device=pick_device(device))
+    if threshold is not None:
+        loaded.threshold = threshold
+    if on_drop is not None:
+        loaded.configure(on_drop=on_drop)
+    return loaded
+
+
+def _progress():  # noqa: ANN202 - rich's type would be imported for nothing
+    """A bar on the error stream, only where somebody watches."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _tell(outcome: "Outcome", output: Path, total: int) -> int:
+    """The result on the screen: a table of photos, the speed, where to look, and what failed."""
+    if not outcome.photos:
+        for failure in outcome.failed:
+            _complain(failure.reason)
+        if outcome.stopped:
+            _complain(outcome.stopped)
+        elif total > 1:
+            _complain(f"none of {total} files could be used")
+        return outcome.exit_code
+    _print_table(outcome)
+    if outcome.stopped:
+        _complain(f"{outcome.stopped}; {len(outcome.photos)} of {total} photos were finished before that")
+    else:
+        _screen().print(f"Open {escape(str(output / 'index.html'))}", soft_wrap=True)
+    if outcome.failed:
+        _complain(f"{len(outcome.failed)} could not be used:")
+        for failure in outcome.failed:
+            Console(stderr=True, highlight=False).print(f"  {escape(failure.reason)}", soft_wrap=True)
+    return outcome.exit_code
+
+
+def _print_table(outcome: "Outcome") -> None:
+    from rich.table import Table
+
+    from iared2.report.records import mean_speed
+
+    console = _screen()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("photo", overflow="fold", min_width=12)
+    table.add_column("taken for", overflow="ellipsis", no_wrap=True, max_width=28)
+    for heading in ("", "kept per group", "MACs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for photo in outcome.photos[:_SHOWN]:
+        best = photo.explanation.predictions[0] if photo.explanation.predictions else None
+        name = escape(photo.name) + "".join(f"\n[dim]{escape(note)}[/dim]" for note in photo.notes)
+        kept = " > ".join(f"{100 * ratio:.0f} %" for ratio in photo.keep_ratio)
+        label, chance = (escape(best.label.split(",")[0]), f"{100 * best.probability:.0f} %") if best else ("", "")
+        table.add_row(name, label, chance, kept, f"{100 * photo.macs_share:.0f} %")
+    console.print(table)
+    if len(outcome.photos) > _SHOWN:
+        console.print(f"... and {len(outcome.photos) - _SHOWN} more")
+    share = sum(photo.macs_share for photo in outcome.photos) / len(outcome.photos)
+    speed = mean_speed(outcome.speeds)
+    times = f"; {speed.reduced_ms:.3g} ms per photo, dense {speed.dense_ms:.3g} ms" if speed else ""
+    console.print(f"{100 * share:.0f} % of the dense backbone's multiply-adds (MACs){times}", soft_wrap=True)
+
+
+# ---- models ---------------------------------------------------------------------------------------------------
+
+
+@app.command
+def models(*, common: Common = _COMMON) -> int:
+    """List the embedded models, and say what else can be loaded."""
+    del common
+    from rich.table import Table
+
+    from iared2 import assets
+
+    console = _screen()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("embedded model", no_wrap=True)
+    for heading in ("size", "classes", "top-1", "MACs", "backbone's weights"):
+        table.add_column(heading, justify="left" if "back" in heading else "right")
+    for name in assets.embedded():
+        table.add_row(*_model_row(name))
+    console.print(table if table.row_count else "No model is embedded in this copy of the package.")
+    console.print(
+        "\n--model also takes a folder that `save_pretrained` wrote, and the id of such a model on the Hugging Face hub.\n"
+        "Where the weights of the backbone are not included, they come from the hub (timm), or from a safetensors\n"
+        "file with --weights FILE; then no network is needed.",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _model_row(name: str) -> list[str]:
+    import json
+
+    from iared2 import assets
+
+    folder = assets.HERE / name
+    config = json.loads((folder / "config.json").read_text())
+    metrics, backbone = config.get("metrics") or {}, config["backbone"]
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
+    top1, macs, dense = metrics.get("top1"), metrics.get("macs"), metrics.get("dense_macs")
+    cost = "" if macs is None else f"{macs / 1e9:.3g} G" + (f" ({100 * macs / dense:.0f} %)" if dense else "")
+    mark = " (default)" if name == DEFAULT else ""
+    included = "included" if backbone["included"] else "hub or --weights FILE"
+    return [escape(name) + mark, f"{size:.1f} MB", str(backbone["arguments"].get("num_classes", "")), f"{top1:.1f} %" if top1 else "", cost, included]
+
+
+# ---- eval and train -------------------------------------------------------------------------------------------
+
+
+@app.command(name="eval")
+def evaluate(
+    *,
+    data: Annotated[Path, Parameter(name=["--data", "-d"], help="One folder per class, or a folder with labels.csv (file, class_index).")],
+    model: ModelOption = DEFAULT,
+    weights: WeightsOption = None,
+    threshold: Threshold = None,
+    on_drop: OnDropOption = None,
+    json_file: Annotated[Path | None, Parameter(name="--json", help="Also write the table as JSON.")] = None,
+    limit: Annotated[int | None, Parameter(help="Use only this many images.")] = None,
+    common: Common = _COMMON,
+) -> int:
+    """Measure accuracy, kept patches, MACs and speed, with the dense backbone beside it."""
+    from iared2.evaluate.classify import run_eval
+
+    return run_eval(
+        model,
+        data,
+        weights=weights,
+        threshold=threshold,
+        on_drop=on_drop,
+        json_file=json_file,
+        device=common.device,
+        dtype=common.dtype,
+        batch_size=common.batch_size or 64,
+        workers=common.workers,
+        seed=common.seed or 0,
+        limit=limit,
+    )
+
+
+@app.command
+def train(
+    recipe: Annotated[str | None, Parameter(help="Name of a recipe; without one, the recipes are listed.")] = None,
+    *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, help="Settings of the recipe, such as reward.error_penalty=1.")],
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="Folder of the run; an unfinished run there goes on.")] = None,
+    data: Annotated[Path | None, Parameter(name=["--data", "-d"], help="Training data, where the recipe names none.")] = None,
+    weights: WeightsOption = None,
+    common: Common = _COMMON,
+) -> int:
+    """Train by a recipe (Algorithm 1). Any field can be changed: --data.batch_size=64 reward.error_penalty=1."""
+    if recipe is None:
+        return _list_recipes()
+    from iared2.train.run import run_recipe
+
+    changes = list(overrides)
+    if common.batch_size is not None:
+        changes.append(f"data.batch_size={common.batch_size}")
+    return run_recipe(
+        recipe,
+        changes,
+        output=output,
+        data=data,
+        weights=weights,
+        device=common.device,
+        dtype=common.dtype,
+        workers=common.workers,
+        seed=common.seed,
+    )
+
+
+def _list_recipes() -> int:
+    from rich.table import Table
+
+    from iared2.train.recipes import RECIPES
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what it does, what it costs, what comes out", overflow="fold")
+    for name, factory in RECIPES.items():
+        text = " ".join(line.strip() for line in (factory.__doc__ or "").strip().splitlines())
+        table.add_row(escape(name), escape(text))
+    console = _screen()
+    console.print(table)
+    console.print("\nRun one: iared2 train RECIPE --data FOLDER -o RUN", soft_wrap=True)
+    return 0
+
+
+# ---- errors, in one place -------------------------------------------------------------------------------------
+
+
+def _complain(message: str) -> None:
+    """One line on the error stream."""
+    with suppress(BrokenPipeError):
+        print("iared2: " + " ".join(message.split()), file=sys.stderr)
+
+
+def _configure() -> None:
+    """Logging and warnings belong to the command, never to the library."""
+    from PIL import Image
+    from rich.logging import RichHandler
+
+    logger = logging.getLogger("iared2")
+    if not logger.handlers:
+        logger.addHandler(RichHandler(console=Console(stderr=True), show_path=False, show_time=False))
+        logger.setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # pictures.py has its own, named limit
+    warnings.filterwarnings("ignore", module=r"PIL\..*")  # damaged metadata: the pixels decide
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    _configure()
+    try:
+        return int(app(tokens, exit_on_error=False, print_error=False, result_action="return_value") or 0)
+    except KeyboardInterrupt:
+        _complain("interrupted; what was finished stays")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has seen enough
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (CycloptsError, IARED2Error) as error:
+        if "--debug" in tokens:
+            raise
+        _complain(str(error))
+        return NOTHING_DONE
+    except Exception as error:
+        if "--debug" in tokens:
+            raise
+        _complain(f"unexpected {type(error).__name__}: {error}; run with --debug for the traceback, and please report it")
+        return DEFECT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

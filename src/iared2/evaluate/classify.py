@@ -1,0 +1,262 @@
+"""Classification: a reduced model and its dense backbone on the same pictures, batch by batch, in one run."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import timm
+import torch
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from iared2 import cost
+from iared2.data.arrays import Preprocess
+from iared2.data.batches import make_batches
+from iared2.data.labels import check_labels, model_class_ids
+from iared2.data.sources import Data, open_data
+from iared2.data.streams import StreamedImages
+from iared2.errors import ConfigError, DataError
+from iared2.evaluate.machine import describe_machine, pick_device, pick_dtype, synchronise, versions
+from iared2.evaluate.report import SCHEMA, EvalReport, Row, SourceRow, check_writable, write_json
+from iared2.evaluate.tally import Outcome, Tally
+from iared2.model import ReducedTransformer, State
+from iared2.saving import load_reduced
+from iared2.trace import Trace
+
+logger = logging.getLogger("iared2.evaluate")
+
+WARM_UP = 2  # passes of each model over the first batch before anything is timed
+
+
+class EvalBatches(Protocol):
+    """What `evaluate` reads: batches with `images`, `labels` and `indices`."""
+
+    def steps(self, world: int = 1) -> int: ...
+
+    def epoch(self, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]: ...
+
+
+class _Clock:
+    """Times the two models alternately: whoever went first in one batch goes second in the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.turn = device, 0
+        self.seconds = {"dense": 0.0, "reduced": 0.0}
+
+    def run(self, passes: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+        """Runs both passes and adds up their times; warms up before the first."""
+        if self.turn == 0:
+            for _ in range(WARM_UP):
+                for work in passes.values():
+                    work()
+        results = {}
+        for name in sorted(passes, reverse=self.turn % 2 == 1):
+            synchronise(self.device)
+            start = time.perf_counter()
+            results[name] = passes[name]()
+            synchronise(self.device)
+            self.seconds[name] += time.perf_counter() - start
+        self.turn += 1
+        return results
+
+
+def _reduced_pass(model: ReducedTransformer, images: Float[Tensor, "B C height width"]) -> tuple[Tensor, State]:
+    """What `forward` does, with the state kept for the trace."""
+    state = model.walk(model.start(images), model.adapter.depth)
+    return model.adapter.head(state.tokens), state
+
+
+@torch.inference_mode()
+def evaluate(model: ReducedTransformer, batches: EvalBatches, sources: Sequence[str] | None = None, progress: bool = False) -> EvalReport:
+    """Measures a reduced model beside its dense backbone, on the model's own device; autocast around it decides the precision.
+
+    Args:
+        batches: evaluation batches (`train=False`).
+        sources: where each picture comes from, by index; gives one more row per source.
+        progress: show a bar on a terminal.
+
+    Raises:
+        DataError: no readable picture, or a label that the model does not have.
+    """
+    parameter = next(model.parameters())
+    clock, training = _Clock(parameter.device), model.training
+    tallies: dict[str, Tally] = {}
+    size: tuple[int, int] = (0, 0)
+    model.eval()
+    console = Console(stderr=True)
+    hidden = not (progress and console.is_terminal)
+    for batch in track(batches.epoch(0), "evaluating", total=batches.steps(), console=console, disable=hidden):
+        check_labels(batch["labels"], model.num_classes, "data")
+        images = batch["images"].to(parameter.device, parameter.dtype)
+        size = (images.shape[-2], images.shape[-1])
+        found = clock.run({"dense": partial(model.backbone, images), "reduced": partial(_reduced_pass, model, images)})
+        logits, state = found["reduced"]
+        trace = model.make_trace(state.reductions, size).cpu()
+        outcome = _outcome(model, batch["labels"], (found["dense"], logits), trace, size)
+        for name, rows in _by_source(sources, batch["indices"]).items():
+            tally = tallies.setdefault(name, Tally(model.num_classes, len(model.reducers)))
+            tally.update(outcome if rows is None else outcome.rows(rows))
+    model.train(training)
+    if not tallies:
+        raise DataError("there is no readable picture in this data")
+    return _report(model, tallies, clock, size)
+
+
+def _by_source(sources: Sequence[str] | None, indices: Int[Tensor, " B"]) -> dict[str, Int[Tensor, " b"] | None]:
+    """Rows of the batch for "all" (None: every row) and for each source."""
+    found: dict[str, Int[Tensor, " b"] | None] = {"all": None}
+    if sources is not None:
+        names = [sources[index] for index in indices.tolist()]
+        for name in dict.fromkeys(names):
+            found[f"source {name}"] = torch.tensor([row for row, other in enumerate(names) if other == name])
+    return found
+
+
+def _outcome(
+    model: ReducedTransformer, labels: Int[Tensor, " B"], logits: tuple[Tensor, Tensor], trace: Trace, size: tuple[int, int]
+) -> Outcome:
+    kept_BG = trace.keep_GBN.sum(-1).T.tolist()
+    reducers: dict[int, Any] = dict(zip(model.config.first_blocks, model.reducers, strict=True))
+    patches = math.prod(trace.grid)
+
+    @cache
+    def linear(kept: tuple[int, ...]) -> int:
+        return cost.reduced_macs(model.adapter, reducers, size, patches, kept, products=False)
+
+    dense_linear = cost.dense_macs(model.adapter, *size, products=False)
+    return Outcome(
+        labels=labels,
+        dense=logits[0].float().cpu(),
+        reduced=logits[1].float().cpu(),
+        keep_ratio=trace.keep_ratio,
+        share=torch.tensor([macs / trace.dense_macs for macs in trace.macs], dtype=torch.float64),
+        linear_share=torch.tensor([linear(tuple(kept)) / dense_linear for kept in kept_BG], dtype=torch.float64),
+    )
+
+
+def _report(model: ReducedTransformer, tallies: dict[str, Tally], clock: _Clock, size: tuple[int, int]) -> EvalReport:
+    tally = tallies["all"]
+    macs, linear = cost.dense_macs(model.adapter, *size), cost.dense_macs(model.adapter, *size, products=False)
+    dense = Row(
+        name="dense",
+        top1=tally.percent("dense_top1"),
+        top5=tally.percent("dense_top5"),
+        agreement=100.0,
+        kl=0.0,
+        macs=macs,
+        macs_share=1.0,
+        macs_linear=linear,
+        keep_ratio=(1.0,) * len(model.reducers),
+        images_per_second=tally.count / clock.seconds["dense"],
+    )
+    share = tally.mean("share")
+    reduced = Row(
+        name="reduced",
+        top1=tally.percent("reduced_top1"),
+        top5=tally.percent("reduced_top5"),
+        agreement=tally.percent("agreement"),
+        kl=tally.mean("kl"),
+        macs=round(share * macs),
+        macs_share=share,
+        macs_linear=round(tally.mean("linear_share") * linear),
+        keep_ratio=tally.keep_ratio(),
+        images_per_second=tally.count / clock.seconds["reduced"],
+    )
+    parts = [_source_row(name.removeprefix("source "), part) for name, part in sorted(tallies.items()) if name != "all"]
+    return EvalReport(images=tally.count, rows=(dense, reduced), comparison=_source_row("all", tally), sources=tuple(parts))
+
+
+def _source_row(name: str, tally: Tally) -> SourceRow:
+    names = ("dense_top1", "reduced_top1", "dense_top5", "reduced_top5", "agreement")
+    difference, error = tally.difference()
+    figures = {name: tally.percent(name) for name in names}
+    return SourceRow(source=name, images=tally.count, difference=difference, standard_error=error, **figures)
+
+
+def eval_preprocess(model: ReducedTransformer) -> Preprocess:
+    """Resize and centre crop as timm's data configuration says, at the size the backbone was built for."""
+    data = timm.data.resolve_model_data_config(model.backbone)
+    size = getattr(getattr(model.backbone, "patch_embed", None), "img_size", None)
+    return Preprocess.from_timm(data, **({"size": tuple(size)} if size is not None else {}))
+
+
+def run_eval(  # noqa: PLR0913 - the command's options
+    model: str,
+    data: Path,
+    *,
+    weights: Path | None = None,
+    threshold: float | None = None,
+    on_drop: str | None = None,
+    json_file: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 32,
+    workers: int = 0,
+    seed: int = 0,
+    limit: int | None = None,
+) -> int:
+    """`iared2 eval`: prints a table and writes the JSON file. Returns 1 if pictures were broken, else 0.
+
+    Raises:
+        IARED2Error: whatever stands in the way, in one line.
+    """
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise ConfigError(f"batch size and limit must be at least 1; got {batch_size} and {limit}")
+    if json_file is not None:
+        check_writable(json_file)
+    place, precision = pick_device(device), pick_dtype(dtype)
+    reduced = _prepare(load_reduced(model, weights=weights, device=place), threshold, on_drop)
+    pictures = _pictures(reduced, data, limit, seed)
+    how = eval_preprocess(reduced)
+    batches = make_batches(pictures, how, batch_size, seed, train=False, workers=workers)
+    with torch.autocast(place.type, precision, enabled=precision != torch.float32):
+        report = evaluate(reduced, batches, getattr(pictures, "sources", None), progress=True)
+    Console().print(report.markdown(), markup=False, highlight=False, soft_wrap=True)
+    skipped: dict[str, str] = getattr(pictures, "skipped", {})
+    if skipped:
+        logger.warning("%d broken pictures were skipped: %s", len(skipped), ", ".join(skipped))
+    if json_file is not None:
+        settings = {
+            "weights": None if weights is None else str(weights),
+            "device": str(place),
+            "dtype": str(precision).removeprefix("torch."),
+            "batch_size": batch_size,
+            "workers": workers,
+            "limit": limit,
+        }
+        about = {"schema_version": SCHEMA, "model": model, "data": str(data), "seed": seed, "settings": settings | _choices(reduced)}
+        about |= {"versions": versions(), "machine": describe_machine(place), "skipped": skipped}
+        write_json(json_file, about | report.model_dump(mode="json"))
+    return 1 if skipped else 0
+
+
+def _choices(model: ReducedTransformer) -> dict[str, Any]:
+    """What decides the figures beside the weights."""
+    how = eval_preprocess(model)
+    seen = {name: getattr(how, name) for name in ("size", "mean", "std", "crop_pct", "crop_mode", "interpolation")}
+    return {"threshold": model.threshold, "rule": model.config.rule, "on_drop": model.config.on_drop, "preprocess": seen}
+
+
+def _prepare(model: ReducedTransformer, threshold: float | None, on_drop: str | None) -> ReducedTransformer:
+    if model.num_classes < 1:
+        raise ConfigError("this model has no classifier, so there is nothing to evaluate; load one with classes")
+    if threshold is not None:
+        model.threshold = threshold
+    if on_drop is not None:
+        model.configure(on_drop=on_drop)
+    return model
+
+
+def _pictures(model: ReducedTransformer, data: Path, limit: int | None, seed: int) -> Data:
+    pictures = open_data(data, "val", model_class_ids(model))
+    if not len(pictures):
+        raise DataError(f"{data}: there are no pictures in it")
+    if not isinstance(pictures, StreamedImages):  # a stream's labels are checked as they come
+        check_labels(pictures.labels, model.num_classes, str(data))
+    return pictures if limit is None else pictures.subset(limit, seed)

@@ -1,0 +1,35 @@
+"""What core tests share: few threads, fixed seeds, and tiny random vision transformers of every family."""
+
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, Family
+
+hypothesis.settings.register_profile("iared2", deadline=None, max_examples=200, derandomize=True)
+hypothesis.settings.load_profile("iared2")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _gpu_or_skip(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and there is none here")
+
+
+@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES.keys())
+def family(request: pytest.FixtureRequest) -> Family:
+    """Every family in turn."""
+    return request.param

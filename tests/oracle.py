@@ -1,0 +1,161 @@
+"""The reference for everything exact: slow, one image at a time, explicit loops, written from the paper.
+
+Nothing here uses the library's own arithmetic; the backbone's blocks are called whole, with timm's own mask.
+Use it in float64.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def score(x_ND: Tensor, policy_D: Tensor, query: nn.Linear, key: nn.Linear, heads: int, *, norm: bool, scale: bool) -> Tensor:
+    """Eq. 1, token by token and head by head, with both projections written out."""
+    head_width = x_ND.shape[1] // heads
+
+    def normed(x_D: Tensor) -> Tensor:
+        return (x_D - x_D.mean()) / (x_D.var(unbiased=False) + 1e-5).sqrt() if norm else x_D
+
+    k_D = key.weight @ policy_D + key.bias
+    scores = []
+    for x_D in x_ND:
+        q_D = query.weight @ normed(x_D) + query.bias
+        total = 0.0
+        for head in range(heads):
+            part = slice(head * head_width, (head + 1) * head_width)
+            dot = (q_D[part] * k_D[part]).sum() / (math.sqrt(head_width) if scale else 1.0)
+            total = total + 1 / (1 + (-dot).exp())
+        scores.append(total / heads)
+    return torch.stack(scores)
+
+
+def reward(correct: bool, kept: int, patches: int, tau: float, power: int) -> float:
+    """Eq. 2 for one image."""
+    return 1 - (kept / patches) ** power if correct else -tau
+
+
+def policy_gradient(score_N: Tensor, u: list[int], advantage: float) -> Tensor:
+    """Eq. 3 for one draw: A grad_I sum_i log(I_i u_i + (1 - I_i)(1 - u_i)), by hand."""
+    return torch.tensor([advantage * (1 / p if kept else -1 / (1 - p)) for p, kept in zip(score_N.tolist(), u, strict=True)], dtype=score_N.dtype)
+
+
+def attention(q_THK: Tensor, k_THK: Tensor, v_THV: Tensor, lengths: list[int], mass_T: Tensor | None) -> Tensor:
+    """softmax(q k / sqrt(K)) v per image; a token of mass m counts as m equal tokens."""
+    rows, start = [], 0
+    for length in lengths:
+        for t in range(start, start + length):
+            heads = []
+            for h in range(q_THK.shape[1]):
+                weights = [(q_THK[t, h] @ k_THK[s, h] / math.sqrt(q_THK.shape[2])).exp() for s in range(start, start + length)]
+                if mass_T is not None:
+                    weights = [w * m for w, m in zip(weights, mass_T[start : start + length], strict=True)]
+                heads.append(sum(w * v_THV[s, h] for w, s in zip(weights, range(start, start + length), strict=True)) / sum(weights))
+            rows.append(torch.stack(heads))
+        start += length
+    return torch.stack(rows)
+
+
+def nearest(feature_SF: Tensor, dropped: list[int], kept: list[int]) -> dict[int, int]:
+    """For each dropped row the kept row with the greatest cosine; nothing if none is kept."""
+    chosen = {}
+    for row in dropped:
+        best = -math.inf
+        for other in kept:
+            cosine = float(feature_SF[row] @ feature_SF[other] / (feature_SF[row].norm() * feature_SF[other].norm()))
+            if cosine > best:
+                best, chosen[row] = cosine, other
+    return chosen
+
+
+class Image:
+    """One image on its way through the masked dense model: all rows stay, dropped ones are masked out as keys."""
+
+    def __init__(self, module: nn.Module, pixels: Tensor) -> None:
+        self.module, self.prefix = module, module.num_prefix_tokens
+        self.x_SD = module.norm_pre(module._pos_embed(module.patch_embed(pixels[None])))[0]
+        rows = len(self.x_SD)
+        self.alive = [True] * rows
+        self.mass = [1.0] * rows
+        self.carrier = list(range(rows))  # -1: gone
+        self.keys_SF: Tensor | None = None
+
+    def drop(self, keep: list[bool], how: str) -> None:
+        """Drops the patches that are not kept, and hands them over."""
+        patches = [s for s in range(self.prefix, len(self.x_SD)) if self.alive[s]]
+        kept = [s for s in patches if keep[s - self.prefix]]
+        dropped = [s for s in patches if not keep[s - self.prefix]]
+        features = self.x_SD if self.keys_SF is None else self.keys_SF
+        goal = nearest(features.detach(), dropped, kept) if how == "merge" else {}
+        rows = list(self.x_SD)
+        for k in kept:
+            given = [s for s in dropped if goal.get(s) == k]
+            if given:
+                total = self.mass[k] + sum(self.mass[s] for s in given)
+                rows[k] = (rows[k] * self.mass[k] + sum(self.x_SD[s] * self.mass[s] for s in given)) / total
+                self.mass[k] = total
+        self.x_SD = torch.stack(rows)
+        for s in dropped:
+            self.alive[s] = False
+        self.carrier = [goal.get(c, -1) if c in dropped else c for c in self.carrier]
+
+    def run(self, block: nn.Module) -> None:
+        """One whole block of timm's, with -inf for dropped keys and log(mass) for the others."""
+        found: list[Tensor] = []
+        norms = [m for name, m in block.named_modules() if name.rsplit(".", 1)[-1] == "k_norm"]
+        hooks = [m.register_forward_hook(lambda _m, _i, out: found.append(out)) for m in norms]
+        bias = [math.log(m) if alive else -math.inf for m, alive in zip(self.mass, self.alive, strict=True)]
+        mask = torch.tensor(bias, dtype=self.x_SD.dtype).expand(1, 1, len(bias), len(bias))
+        self.x_SD = block(self.x_SD[None], attn_mask=mask)[0]
+        for hook in hooks:
+            hook.remove()
+        self.keys_SF = torch.cat([k[0].transpose(0, 1).flatten(1) for k in found], dim=1)  # heads concatenated
+
+    def logits(self) -> Tensor:
+        """The backbone's head on the tokens that are left; a merged patch counts once more in a pool over patches."""
+        module, x_SD = self.module, self.module.norm(self.x_SD)
+        places = [c for c in self.carrier[self.prefix :] if c >= 0]
+        if module.global_pool == "":  # all places: zero where nothing stands
+            rows = [x_SD[c] if c >= 0 else torch.zeros_like(x_SD[0]) for c in self.carrier]
+            return module.forward_head(torch.stack(rows)[None])[0]
+        return module.forward_head(x_SD[[*range(self.prefix), *places]][None])[0]
+
+    def carriers(self) -> list[int]:
+        """The place that carries each place, -1 where it is gone."""
+        return [c - self.prefix if c >= 0 else -1 for c in self.carrier[self.prefix :]]
+
+
+def masked_dense(module: nn.Module, images: Tensor, plan: Mapping[int, Tensor], how: str) -> tuple[Tensor, list[list[int]], list[list[float]]]:
+    """The untouched model run on all tokens, dropped ones masked out from their drop on.
+
+    Args:
+        plan: before which block which places are kept, (B, N).
+
+    Returns:
+        Logits, and each image's final carriers and row masses.
+    """
+    logits, carriers, masses = [], [], []
+    for index, pixels in enumerate(images):
+        image = Image(module, pixels)
+        for number, block in enumerate(module.blocks):
+            if number in plan:
+                image.drop(plan[number][index].tolist(), how)
+            image.run(block)
+        logits.append(image.logits())
+        carriers.append(image.carriers())
+        masses.append([m for m, alive in zip(image.mass, image.alive, strict=True) if alive])
+    return torch.stack(logits), carriers, masses
+
+
+def rerun_kept(module: nn.Module, pixels: Tensor, plan: Mapping[int, Tensor], index: int) -> Tensor:
+    """One image by the untouched blocks, on nothing but the tokens that are left (discard)."""
+    x_1SD = module.norm_pre(module._pos_embed(module.patch_embed(pixels[None])))
+    place = list(range(x_1SD.shape[1] - module.num_prefix_tokens))
+    for number, block in enumerate(module.blocks):
+        if number in plan:
+            keep = [p for p in place if plan[number][index, p]]
+            rows = [*range(module.num_prefix_tokens), *(module.num_prefix_tokens + place.index(p) for p in keep)]
+            x_1SD, place = x_1SD[:, rows], keep
+        x_1SD = block(x_1SD)
+    return module.forward_head(module.norm(x_1SD))[0]
