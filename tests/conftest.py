@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import FAMILIES, Family
 
-hypothesis.settings.register_profile("iared2", deadline=None, max_examples=200, derandomize=True)
+hypothesis.settings.register_profile("iared2", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("iared2")
 
 

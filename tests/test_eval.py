@@ -269,6 +269,18 @@ def test_folders_named_by_wordnet_id_meet_a_model_of_1000_classes(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["top1"] == pytest.approx(100 * float(right))
 
 
+def test_a_saved_model_brings_its_own_class_order(tmp_path):
+    model = tiny(classes=2)
+    model.backbone.class_ids = ["n02000000", "n01000000"]
+    save_reduced(model, tmp_path / "model", with_backbone=True)
+    for name in sorted(model.backbone.class_ids):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.fromarray(noise(1, 80)[0].numpy()).save(tmp_path / "data" / name / "0.png")
+    pictures = classify._pictures(load_reduced(str(tmp_path / "model")), tmp_path / "data", None, 0)
+    assert pictures.names == ["n01000000/0.png", "n02000000/0.png"]
+    assert pictures.labels.tolist() == [1, 0]
+
+
 def test_kl_is_dense_against_reduced():
     dense, reduced = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
     p = dense.softmax(1)

@@ -116,7 +116,7 @@ def test_evidence_is_the_derivative_by_mass() -> None:
     task = WarmStartTask(model, 0, 0.5)
     task.begin()
     images = next(tiny_run.tiny_feeds().train.epoch(0))["images"].double()[:2]
-    state = task.frozen_prefix(images)
+    state = task.frozen_prefix({"images": images, "indices": torch.arange(2)})
     evidence_BN = scatter_places(mass_evidence(task, state), state.tokens.layout)
 
     def log_p(place: int, mass: float) -> torch.Tensor:
@@ -130,6 +130,25 @@ def test_evidence_is_the_derivative_by_mass() -> None:
         slope = (log_p(6, 1 + 1e-3) - log_p(6, 1 - 1e-3)) / 2e-3
     # Evidence is computed in fp32 (scores are), so the derivative agrees to fp32's accuracy.
     assert torch.allclose(evidence_BN[:, 6], slope.abs().to(evidence_BN.dtype), rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["warm_start", "interpreter"])
+def test_cached_prefixes_change_nothing(kind: str) -> None:
+    results = []
+    for cache in (False, True):
+        model = reduce(tiny_run.tiny_backbone(), 2, on_drop="merge")
+        settings = tiny_run.tiny_recipe(cache_prefix=cache).reduction
+        feeds = tiny_run.tiny_feeds()
+        task = build_stage(StagePlan(kind, 1, 1), model, settings, feeds, Accelerator(cpu=True)).task
+        task.begin()
+        batches = list(feeds.held_out.epoch(0)) * 2
+        torch.manual_seed(0)
+        losses = [task(batch)["loss"] for batch in batches]
+        torch.stack(losses).sum().backward()
+        results.append((losses, model.reducers[1].interpreter.query.weight.grad))
+    (plain, slope), (cached, cached_slope) = results
+    assert torch.allclose(torch.stack(plain), torch.stack(cached), atol=1e-5)
+    assert torch.allclose(slope, cached_slope, atol=1e-5)
 
 
 def test_warm_start_teaches_the_interpreter_the_wanted_share(tmp_path: Path) -> None:

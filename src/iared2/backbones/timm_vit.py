@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from iared2.backbones.base import Attended, BackboneAdapter, BlockCost, drop_path_per_image, register_adapter
 from iared2.errors import UnsupportedBackboneError
 from iared2.tokens.attention import attend
-from iared2.tokens.packed import PackedTokens, pack, to_grid
+from iared2.tokens.packed import PackedTokens, mean_per_image, pack, to_grid
 
 ATTENTIONS = (Attention, DiffAttention)
 BLOCKS = (vit.Block, vit.ResPostBlock, vit.ParallelScalingBlock, vit.DiffParallelScalingBlock, vit.ParallelThingsBlock)
@@ -113,7 +113,14 @@ class TimmViTAdapter(BackboneAdapter):
         return module.head(module.head_drop(module.fc_norm(pooled_BD)))
 
     def _pool_ragged(self, tokens: PackedTokens) -> Float[Tensor, "B D"]:
-        """Pools image by image. Merged tokens are un-merged first, so each patch counts once, as in the dense model."""
+        """Pools the tokens of each image. A merged token counts as often as it has patches, as in the dense model."""
+        if self.module.attn_pool is None and self.module.global_pool == "avg":
+            return mean_per_image(tokens, include_prefix=self.module.pool_include_prefix)
+        return self._pool_one_by_one(tokens)
+
+    @torch.compiler.disable(reason="its shapes are the lengths; the graph ends here and goes on at the classifier")
+    def _pool_one_by_one(self, tokens: PackedTokens) -> Float[Tensor, "B D"]:
+        """Pools image by image, merged tokens un-merged first."""
         patches = (to_grid(tokens), tokens.carrier_BN) if tokens.mass_T is not None else None
         pooled = []
         for image, (start, stop) in enumerate(zip(tokens.layout.offsets[:-1], tokens.layout.offsets[1:], strict=True)):

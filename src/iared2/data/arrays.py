@@ -115,6 +115,8 @@ def random_views(pixels: UInt8[Tensor, "b h w 3"], how: Preprocess, draw: torch.
     area = how.min_scale + (1 - how.min_scale) * area_
     ratio = torch.exp((2 * ratio_ - 1) * math.log(1.25))
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    if how.min_scale >= 1:
+        width, height = torch.ones(count), torch.ones(count)
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0] = torch.where(flip_ < 0.5, -width, width) if how.flip else width
     theta[:, 1, 1] = height

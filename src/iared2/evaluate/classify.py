@@ -254,7 +254,7 @@ def _prepare(model: ReducedTransformer, threshold: float | None, on_drop: str | 
 
 
 def _pictures(model: ReducedTransformer, data: Path, limit: int | None, seed: int) -> Data:
-    pictures = open_data(data, "val", model_class_ids(model))
+    pictures = open_data(data, "val", model_class_ids(model.backbone))
     if not len(pictures):
         raise DataError(f"{data}: there are no pictures in it")
     if not isinstance(pictures, StreamedImages):  # a stream's labels are checked as they come

@@ -7,6 +7,7 @@ Shape legend, used for names and annotations everywhere:
 Every image's tokens are its prefix tokens followed by its remaining patch tokens, in the order of the grid.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -138,6 +139,48 @@ def pack(x_BSD: Float[Tensor, "B S D"], prefix: int, grid: tuple[int, ...], orig
     return PackedTokens(x_BSD.reshape(images * length, -1), layout, None, carrier_BN)
 
 
+def split(tokens: PackedTokens) -> list[PackedTokens]:
+    """One pack per image."""
+    layout, packs = tokens.layout, []
+    for image, (start, stop) in enumerate(zip(layout.offsets[:-1], layout.offsets[1:], strict=True)):
+        rows = slice(start, stop)
+        alone = Layout(
+            cu_B1=layout.cu_B1.new_tensor([0, stop - start]),
+            image_T=torch.zeros_like(layout.image_T[rows]),
+            origin_T=layout.origin_T[rows],
+            prefix=layout.prefix,
+            grid=layout.grid,
+            longest=stop - start,
+            uniform=layout.uniform,
+        )
+        mass_T = None if tokens.mass_T is None else tokens.mass_T[rows]
+        packs.append(PackedTokens(tokens.x_TD[rows], alone, mass_T, tokens.carrier_BN[image : image + 1]))
+    return packs
+
+
+def join(packs: Sequence[PackedTokens]) -> PackedTokens:
+    """Packs of one model behind each other, in order; the reverse of `split`."""
+    layouts = [pack.layout for pack in packs]
+    lengths = [length for layout in layouts for length in layout.lengths]
+    device = packs[0].x_TD.device
+    length_B = torch.tensor(lengths, device=device)
+    uniform = layouts[0].uniform if all(layout.uniform == layouts[0].uniform for layout in layouts) else None
+    joined = Layout(
+        cu_B1=torch.nn.functional.pad(length_B.cumsum(0), (1, 0)).to(torch.int32),
+        image_T=torch.arange(len(lengths), device=device).repeat_interleave(length_B),
+        origin_T=torch.cat([layout.origin_T for layout in layouts]),
+        prefix=layouts[0].prefix,
+        grid=layouts[0].grid,
+        longest=max(layout.longest for layout in layouts),
+        uniform=uniform,
+    )
+    mass_T = None
+    if any(pack.mass_T is not None for pack in packs):
+        mass_T = torch.cat([pack.mass_T if pack.mass_T is not None else torch.ones_like(pack.x_TD[:, 0]) for pack in packs])
+    x_TD, carrier_BN = (torch.cat([getattr(pack, name) for pack in packs]) for name in ("x_TD", "carrier_BN"))
+    return PackedTokens(x_TD, joined, mass_T, carrier_BN)
+
+
 def select(keep_T: Bool[Tensor, " T"], layout: Layout) -> Selection:
     """The rows where `keep_T` holds; one synchronisation on devices that run asynchronously."""
     index_S = keep_T.nonzero().squeeze(1)
@@ -229,3 +272,15 @@ def to_grid(tokens: PackedTokens) -> tuple[Float[Tensor, "B L D"], Float[Tensor,
     index = tokens.carrier_BN.clamp(min=0)[..., None].expand_as(own_BND)
     filled = own_BND.gather(1, index)
     return tokens.x_TD[rows_BL], torch.where((tokens.carrier_BN >= 0)[..., None], filled, 0.0)
+
+
+def mean_per_image(tokens: PackedTokens, include_prefix: bool = False) -> Float[Tensor, "B D"]:
+    """The mean over each image's patches (and prefix tokens, if asked for); a merged token counts once for each patch."""
+    layout, x_TD = tokens.layout, tokens.x_TD
+    precise = torch.promote_types(x_TD.dtype, torch.float32)
+    weight_T = torch.ones_like(layout.origin_T, dtype=precise) if tokens.mass_T is None else tokens.mass_T.to(precise)
+    if not include_prefix:
+        weight_T = torch.where(layout.is_patch_T, weight_T, 0.0)
+    total_B = weight_T.new_zeros(layout.images).index_add(0, layout.image_T, weight_T)
+    summed_BD = weight_T.new_zeros(layout.images, x_TD.shape[1]).index_add(0, layout.image_T, x_TD.to(precise) * weight_T[:, None])
+    return (summed_BD / total_B[:, None]).to(x_TD.dtype)

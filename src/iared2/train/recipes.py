@@ -70,6 +70,7 @@ class ReductionSettings(Settings):
     warm_start_epochs: int = Field(0, ge=0, description="imitation before REINFORCE; not in the paper")
     warm_start_ratios: tuple[float, ...] = Field((), description="share of the grid that imitation keeps, per group")
     entropy_bonus: float = Field(0.0, ge=0)
+    cache_prefix: bool = Field(False, description="compute each picture's frozen prefix once; needs pictures without augmentation")
     train_head: bool = Field(True, description="train final norm and head with the blocks")
     block_target: Literal["label", "dense"] = Field("label", description="cross-entropy, or distillation from the dense model")
     warm_start_optim: OptimSettings = OptimSettings(lr=1e-3, lr_batch=32)
@@ -96,6 +97,12 @@ class Recipe(Settings):
     seed: int = 0
     checkpoint_every: int = Field(500, gt=0, description="steps")
     log_every: int = Field(50, gt=0, description="steps")
+
+    @model_validator(mode="after")
+    def _cache_needs_fixed_pictures(self) -> "Recipe":
+        if self.reduction is not None and self.reduction.cache_prefix and (self.data.flip or self.data.min_scale < 1):
+            raise ValueError("reduction.cache_prefix: needs pictures without augmentation; set data.flip=false and data.min_scale=1")
+        return self
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {}
@@ -191,14 +198,15 @@ def deit_tiny_interpreters() -> Recipe:
         on_drop="merge",
         interpreter_epochs=8,
         block_epochs=0,
-        warm_start_epochs=8,
-        warm_start_ratios=(0.65, 0.35),
+        warm_start_epochs=30,
+        warm_start_ratios=(0.68, 0.38),
+        cache_prefix=True,
         interpreter_optim=OptimSettings(lr=2e-4, lr_batch=32),
     )
     return Recipe(
         name="deit_tiny_interpreters",
         backbone=BackboneSettings(model="deit_tiny_patch16_224.fb_in1k"),
-        data=DataSettings(batch_size=32, in_memory=True, held_out=200),
+        data=DataSettings(batch_size=32, in_memory=True, held_out=200, flip=False, min_scale=1.0),
         reduction=reduction,
         log_every=25,
     )

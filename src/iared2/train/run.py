@@ -145,9 +145,9 @@ def _train_reduction(recipe: Recipe, backbone: nn.Module, feeds: Feeds, run: Run
 def build_stage(plan: StagePlan, model: ReducedTransformer, settings: ReductionSettings, feeds: Feeds, accelerator: Accelerator) -> Stage:
     """One stage of the curriculum with its task, optimiser and held-out figures."""
     if plan.kind == "warm_start":
-        task, optim = WarmStartTask(model, plan.group, settings.warm_start_ratios[plan.group]), settings.warm_start_optim
+        task, optim = WarmStartTask(model, plan.group, settings.warm_start_ratios[plan.group], settings.cache_prefix), settings.warm_start_optim
     elif plan.kind == "interpreter":
-        task, optim = InterpreterTask(model, plan.group, settings.reward, settings.entropy_bonus), settings.interpreter_optim
+        task, optim = InterpreterTask(model, plan.group, settings.reward, settings.entropy_bonus, settings.cache_prefix), settings.interpreter_optim
     else:
         task, optim = BlocksTask(model, plan.group, settings.train_head, settings.block_target), settings.block_optim
     evaluate = None

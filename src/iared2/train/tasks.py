@@ -11,25 +11,47 @@ from iared2.keep import Sampled, Threshold
 from iared2.model import ReducedTransformer, State
 from iared2.reducers.base import Reduction
 from iared2.reward import RewardConfig, entropy, log_probability, policy_gradient_loss, reward
+from iared2.tokens.packed import join, split
 from iared2.train.trainer import Task
 
 
 class GroupTask(Task):
     """What the stages of one group share: the model, the group, and forward passes that stop or go on there."""
 
-    def __init__(self, model: ReducedTransformer, group: int) -> None:
+    def __init__(self, model: ReducedTransformer, group: int, cache: bool = False) -> None:
         super().__init__()
         self.model, self.group = model, group
         self.first_block = model.config.first_blocks[group]
+        self._states: dict[int, State] | None = {} if cache else None
+        self._goals: dict[int, Tensor] = {}
 
     @property
     def reducer(self):  # noqa: ANN201 - an InterpreterReducer; nn.ModuleList is untyped
         return self.model.reducers[self.group]
 
-    def frozen_prefix(self, images: Float[Tensor, "B C height width"]) -> State:
-        """The state in front of the group's reducer; earlier interpreters decide greedily. Stores no gradient."""
+    def frozen_prefix(self, batch: dict[str, Tensor]) -> State:
+        """The state in front of the group's reducer; earlier interpreters decide greedily. Stores no gradient.
+
+        With `cache`, each picture's state is computed once: right only where pictures are not augmented.
+        """
+        indices = batch["indices"].tolist()
+        if self._states is not None and all(index in self._states for index in indices):
+            return join_states([self._states[index] for index in indices])
         with torch.no_grad():
-            return self.model.walk(self.model.start(images), self.first_block, reduce=range(self.group))
+            state = self.model.walk(self.model.start(batch["images"]), self.first_block, reduce=range(self.group))
+        if self._states is not None:
+            self._states.update(zip(indices, split_state(state), strict=True))
+        return state
+
+    def dense_prediction(self, batch: dict[str, Tensor]) -> Tensor:
+        """The dense model's class for each picture, remembered where states are."""
+        indices = batch["indices"].tolist()
+        if self._states is not None and all(index in self._goals for index in indices):
+            return torch.stack([self._goals[index] for index in indices])
+        found_B = self.dense_logits(batch["images"]).argmax(1)
+        if self._states is not None:
+            self._goals.update(zip(indices, found_B, strict=True))
+        return found_B
 
     def finish(self, state: State, reduction: Reduction) -> Float[Tensor, "B classes"]:
         """Logits after a reduction; later groups keep everything, as the curriculum has it."""
@@ -50,8 +72,10 @@ class InterpreterTask(GroupTask):
     only differentiable part is the score. Decisions already taken by earlier interpreters are greedy.
     """
 
-    def __init__(self, model: ReducedTransformer, group: int, config: RewardConfig, entropy_bonus: float = 0.0) -> None:
-        super().__init__(model, group)
+    def __init__(
+        self, model: ReducedTransformer, group: int, config: RewardConfig, entropy_bonus: float = 0.0, cache: bool = False
+    ) -> None:
+        super().__init__(model, group, cache)
         self.config, self.entropy_bonus = config, entropy_bonus
 
     def begin(self) -> None:
@@ -59,9 +83,9 @@ class InterpreterTask(GroupTask):
         self.reducer.requires_grad_(True)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = self.frozen_prefix(batch["images"])
+        state = self.frozen_prefix(batch)
         layout = state.tokens.layout
-        goal_B = batch["labels"] if self.config.target == "label" else self.dense_logits(batch["images"]).argmax(1)
+        goal_B = batch["labels"] if self.config.target == "label" else self.dense_prediction(batch)
         score_T = self.reducer.interpreter(state.tokens)
         spare = self.model.adapter.needs_patch
         with torch.no_grad():
@@ -122,8 +146,7 @@ class BlocksTask(GroupTask):
         self.model.backbone.train()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        images = batch["images"]
-        state = self.frozen_prefix(images)
+        state = self.frozen_prefix(batch)
         with torch.no_grad():
             reduction = self.reducer(state.tokens, state.key_THK)
         logits = self.finish(state, reduction)
@@ -137,3 +160,16 @@ class BlocksTask(GroupTask):
             "accuracy": (logits.argmax(1) == batch["labels"]).float().mean(),
             "keep_ratio": reduction.kept_B.float().mean() / reduction.before.places,
         }
+
+
+def split_state(state: State) -> list[State]:
+    """One paused state per image; what earlier groups decided is no longer in it."""
+    offsets = state.tokens.layout.offsets
+    keys = [None if state.key_THK is None else state.key_THK[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [State(tokens, key, state.block) for tokens, key in zip(split(state.tokens), keys, strict=True)]
+
+
+def join_states(states: list[State]) -> State:
+    """The reverse of `split_state`."""
+    keys = [state.key_THK for state in states if state.key_THK is not None]
+    return State(join([state.tokens for state in states]), torch.cat(keys) if keys else None, states[0].block)

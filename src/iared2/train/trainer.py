@@ -49,7 +49,10 @@ class Task(nn.Module):
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry of a curriculum: what is trained, on what, for how long, and how."""
+    """One entry of a curriculum: what is trained, on what, for how long, and how.
+
+    `evaluate` gives held-out figures, about five times a stage and at its end.
+    """
 
     name: str
     task: Task
@@ -121,7 +124,8 @@ class Trainer:
                     log.step(step, images, epoch + 1, optimizer.param_groups[0]["lr"], logs, self.settings.log_every)
                     if step % self.settings.checkpoint_every == 0 and step < total:
                         self._save(Place(stage=index, step=step), optimizer)
-                if stage.evaluate is not None and accelerator.is_main_process:
+                due = (epoch + 1) % max(1, stage.epochs // 5) == 0 or epoch + 1 == stage.epochs
+                if stage.evaluate is not None and due and accelerator.is_main_process:
                     log.evaluation(step, epoch + 1, stage.evaluate())
                     stage.task.begin()  # an evaluation may have left eval mode behind
         accelerator.free_memory()

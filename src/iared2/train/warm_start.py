@@ -22,18 +22,19 @@ from iared2.train.tasks import GroupTask
 class WarmStartTask(GroupTask):
     """Binary cross-entropy towards the patches with the most evidence: the best `ratio` of the grid, per image."""
 
-    def __init__(self, model: ReducedTransformer, group: int, ratio: float) -> None:
-        super().__init__(model, group)
+    def __init__(self, model: ReducedTransformer, group: int, ratio: float, cache: bool = False) -> None:
+        super().__init__(model, group, cache)
         self.ratio = ratio
+        self._evidence: dict[int, Tensor] = {}
 
     def begin(self) -> None:
         self.model.requires_grad_(False).eval()
         self.reducer.requires_grad_(True)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = self.frozen_prefix(batch["images"])
+        state = self.frozen_prefix(batch)
         layout = state.tokens.layout
-        evidence_BN = scatter_places(mass_evidence(self, state), layout)
+        evidence_BN = self.evidence(batch, state)
         here_BN = scatter_places(torch.ones_like(layout.origin_T), layout) > 0
         count = share_of(self.ratio, layout.places)
         best = evidence_BN.masked_fill(~here_BN, float("-inf")).topk(count, dim=1).indices
@@ -43,6 +44,16 @@ class WarmStartTask(GroupTask):
         agree = ((score_BN > 0.5) == (wanted_BN > 0.5))[here_BN].float().mean()
         keep_ratio = ((score_BN > 0.5) & here_BN).float().mean()
         return {"loss": loss, "agreement": agree, "keep_ratio": keep_ratio}
+
+    def evidence(self, batch: dict[str, Tensor], state: State) -> Float[Tensor, "B N"]:
+        """Evidence on the grid, computed once per picture where states are cached."""
+        indices = batch["indices"].tolist()
+        if self._states is not None and all(index in self._evidence for index in indices):
+            return torch.stack([self._evidence[index] for index in indices])
+        found_BN = scatter_places(mass_evidence(self, state), state.tokens.layout)
+        if self._states is not None:
+            self._evidence.update(zip(indices, found_BN, strict=True))
+        return found_BN
 
 
 def mass_evidence(task: GroupTask, state: State) -> Float[Tensor, " T"]:

@@ -1,0 +1,61 @@
+"""Golden tensors: an embedded model carries an input and its own answers, and proves itself with them.
+
+`golden.safetensors` holds `images` (fp32, B x 3 x h x w), `scores` (G, B, N), `kept` (B, G) and `logits` (B, classes).
+"""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from iared2.errors import WeightsError
+from iared2.model import ReducedTransformer
+
+FILE = "golden.safetensors"
+TOLERANCE = 1e-3  # scores and logits in fp32; kernels of other machines round differently
+
+
+def golden_images(size: tuple[int, int], count: int = 2) -> Float[Tensor, "B 3 h w"]:
+    """Smooth coloured waves: the same on every machine, and far from uniform."""
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, size[0]), torch.linspace(-1, 1, size[1]), indexing="ij")
+    waves = [torch.sin(3 * (i + 1) * rows + c) * torch.cos(2 * (i + 2) * columns - c) for i in range(count) for c in range(3)]
+    return 1.5 * torch.stack(waves).view(count, 3, *size)
+
+
+@torch.inference_mode()
+def answers(model: ReducedTransformer, images: Float[Tensor, "B 3 h w"]) -> dict[str, Tensor]:
+    """What golden tensors record for these images."""
+    logits, trace = model.eval().trace(images)
+    return {"logits": logits, "scores": trace.score_GBN.contiguous(), "kept": trace.keep_GBN.sum(-1).T.contiguous()}
+
+
+def write_golden(model: ReducedTransformer, folder: Path, size: tuple[int, int]) -> None:
+    """Records golden tensors beside a saved model."""
+    images = golden_images(size)
+    save_file({"images": images, **answers(model, images)}, folder / FILE)
+
+
+def check_golden(model: ReducedTransformer, folder: Path) -> float:
+    """Compares a loaded model with its golden tensors.
+
+    Returns:
+        The largest deviation of scores and logits.
+
+    Raises:
+        WeightsError: no golden tensors, or answers that differ.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise WeightsError(f"{folder}: no {FILE} in it, so the model cannot prove itself; save it with golden tensors")
+    try:
+        golden = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not readable ({str(error).splitlines()[0]}); install iared2 again") from None
+    found = answers(model, golden["images"])
+    worst = max(float((found[name] - golden[name]).abs().max()) for name in ("scores", "logits"))
+    if worst > TOLERANCE or not torch.equal(found["kept"], golden["kept"]):
+        raise WeightsError(f"{folder}: answers differ from the golden ones by {worst:.2g} (at most {TOLERANCE}); the files do not belong together")
+    return worst
