@@ -110,7 +110,9 @@ class Image:
         self.x_SD = block(self.x_SD[None], attn_mask=mask)[0]
         for hook in hooks:
             hook.remove()
-        self.keys_SF = torch.cat([k[0].transpose(0, 1).flatten(1) for k in found], dim=1)  # heads concatenated
+        rows = len(self.x_SD)  # (S, H, K) in a ParallelScalingBlock, (H, S, K) elsewhere; here S is not a number of heads
+        keys = [k[0] if len(k[0]) == rows else k[0].transpose(0, 1) for k in found]
+        self.keys_SF = torch.cat([k.flatten(1) for k in keys], dim=1)  # heads concatenated
 
     def logits(self) -> Tensor:
         """The backbone's head on the tokens that are left; a merged patch counts once more in a pool over patches."""

@@ -46,7 +46,7 @@ def random_plan(backbone: nn.Module, images: Tensor, seed: int, blocks: tuple[in
 
 def assert_same(got: Tensor, wanted: Tensor, tolerance: float) -> None:
     assert got.shape == wanted.shape and got.dtype == wanted.dtype
-    assert (got - wanted).abs().max() <= tolerance * max(1.0, float(wanted.abs().max()))
+    assert (got - wanted).abs().max() <= tolerance * max(1.0, float(wanted.detach().abs().max()))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -92,7 +92,8 @@ def test_gradients_are_those_of_the_masked_dense_model(family: Family, how: str)
     got = gradients(model(images))
     assert set(got) == set(wanted)
     for name, gradient in wanted.items():
-        assert_same(got[name], gradient, 1e-8)
+        in_fp32 = "lambda" in name or (name == "pos_embed" and backbone.dynamic_img_size)  # inside timm, whatever the model is in
+        assert_same(got[name], gradient, 1e-5 if in_fp32 else 1e-8)
 
 
 def test_kept_tokens_run_densely_image_by_image_give_the_same_logits(family: Family):

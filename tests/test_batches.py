@@ -98,11 +98,11 @@ def test_ranks_share_an_epoch(count, batch_size, world, train):
 
 def test_the_callers_random_numbers_are_left_alone(folder):
     def draws():
-        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002 - the global generators are what is watched
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
 
     def seed():
         random.seed(1)
-        np.random.seed(1)  # noqa: NPY002
+        np.random.seed(1)
         torch.manual_seed(1)
 
     seed()

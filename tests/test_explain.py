@@ -186,7 +186,8 @@ def test_the_colour_map_rises_evenly_in_lightness():
 
 
 def test_names_never_collide():
-    paths = [Path(p) for p in ("a.jpg", "a.png", "A.JPG", "x/a.jpg", "y/a.jpg", "b.jpg", "manifest.json.jpg", "../c d.jpg", "...", "[red].jpg")]
+    given = "a.jpg a.png A.JPG x/a.jpg y/a.jpg b.jpg manifest.json.jpg ../c\td.jpg ... [red].jpg"
+    paths = [Path(text) for text in given.split(" ")]
     names = files.unique_names(paths)
     assert len({name.casefold() for name in names}) == len(paths)
     assert names[5] == "b"

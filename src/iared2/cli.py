@@ -21,13 +21,12 @@ from rich.markup import escape
 from iared2 import __version__
 from iared2.assets import DEFAULT
 from iared2.errors import ConfigError, DataError, IARED2Error
+from iared2.report.screen import complain, progress, screen, tell
 
 if TYPE_CHECKING:
     from iared2.model import ReducedTransformer
-    from iared2.report.gallery import Outcome
 
 FAILED, NOTHING_DONE, DEFECT, INTERRUPTED = 1, 2, 70, 130
-_SHOWN = 20  # photos listed on the screen; the page has all
 
 app = App(
     name="iared2",
@@ -71,12 +70,6 @@ class Common:
 _COMMON = Common()
 
 
-def _screen() -> Console:
-    """Standard output, without guesses about what to colour, and wide enough for tables where nobody watches."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
-
-
 # ---- explain --------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +78,13 @@ def explain(
     *,
     photos: Annotated[
         list[str],
-        Parameter(name=["--photos", "-p"], consume_multiple=True, negative="", metavar="PATH", help="Photos, folders (with sub-folders) or glob patterns."),
+        Parameter(
+            name=["--photos", "-p"],
+            consume_multiple=True,
+            negative="",
+            metavar="PATH",
+            help="Photos, folders (with sub-folders) or glob patterns.",
+        ),
     ],
     output: Annotated[Path, Parameter(name=["--output", "-o"], help="Folder for the results.")],
     model: ModelOption = DEFAULT,
@@ -105,16 +104,17 @@ def explain(
 
     paths, failed = find_pictures(photos, outside=output)
     if not paths:
-        raise DataError("; ".join(failure.reason for failure in failed) or "--photos: nothing was given; name photos, a folder or a pattern")
+        nothing = "--photos: nothing was given; name photos, a folder or a pattern"
+        raise DataError("; ".join(failure.reason for failure in failed) or nothing)
     open_folder(output)
     seed_all(common.seed or 0)
     loaded = _load(model, weights, threshold, on_drop, common.device)
     settings = GallerySettings(model, common.device, common.dtype, common.batch_size or 16, common.workers, common.seed or 0)
     gallery = Gallery(loaded, output, settings)
-    with _progress() as bar:
+    with progress() as bar:
         task = bar.add_task("explaining", total=len(paths))
         outcome = gallery.run(paths, lambda _: bar.advance(task), failed)
-    return _tell(outcome, output, len(paths))
+    return tell(outcome, output, len(paths))
 
 
 def _load(name: str, weights: Path | None, threshold: float | None, on_drop: OnDropChoice | None, device: str) -> "ReducedTransformer":
@@ -132,63 +132,6 @@ def _load(name: str, weights: Path | None, threshold: float | None, on_drop: OnD
     return loaded
 
 
-def _progress():  # noqa: ANN202 - rich's type would be imported for nothing
-    """A bar on the error stream, only where somebody watches."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _tell(outcome: "Outcome", output: Path, total: int) -> int:
-    """The result on the screen: a table of photos, the speed, where to look, and what failed."""
-    if not outcome.photos:
-        for failure in outcome.failed:
-            _complain(failure.reason)
-        if outcome.stopped:
-            _complain(outcome.stopped)
-        elif total > 1:
-            _complain(f"none of {total} files could be used")
-        return outcome.exit_code
-    _print_table(outcome)
-    if outcome.stopped:
-        _complain(f"{outcome.stopped}; {len(outcome.photos)} of {total} photos were finished before that")
-    else:
-        _screen().print(f"Open {escape(str(output / 'index.html'))}", soft_wrap=True)
-    if outcome.failed:
-        _complain(f"{len(outcome.failed)} could not be used:")
-        for failure in outcome.failed:
-            Console(stderr=True, highlight=False).print(f"  {escape(failure.reason)}", soft_wrap=True)
-    return outcome.exit_code
-
-
-def _print_table(outcome: "Outcome") -> None:
-    from rich.table import Table
-
-    from iared2.report.records import mean_speed
-
-    console = _screen()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("photo", overflow="fold", min_width=12)
-    table.add_column("taken for", overflow="ellipsis", no_wrap=True, max_width=28)
-    for heading in ("", "kept per group", "MACs"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for photo in outcome.photos[:_SHOWN]:
-        best = photo.explanation.predictions[0] if photo.explanation.predictions else None
-        name = escape(photo.name) + "".join(f"\n[dim]{escape(note)}[/dim]" for note in photo.notes)
-        kept = " > ".join(f"{100 * ratio:.0f} %" for ratio in photo.keep_ratio)
-        label, chance = (escape(best.label.split(",")[0]), f"{100 * best.probability:.0f} %") if best else ("", "")
-        table.add_row(name, label, chance, kept, f"{100 * photo.macs_share:.0f} %")
-    console.print(table)
-    if len(outcome.photos) > _SHOWN:
-        console.print(f"... and {len(outcome.photos) - _SHOWN} more")
-    share = sum(photo.macs_share for photo in outcome.photos) / len(outcome.photos)
-    speed = mean_speed(outcome.speeds)
-    times = f"; {speed.reduced_ms:.3g} ms per photo, dense {speed.dense_ms:.3g} ms" if speed else ""
-    console.print(f"{100 * share:.0f} % of the dense backbone's multiply-adds (MACs){times}", soft_wrap=True)
-
-
 # ---- models ---------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +143,7 @@ def models(*, common: Common = _COMMON) -> int:
 
     from iared2 import assets
 
-    console = _screen()
+    console = screen()
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("embedded model", no_wrap=True)
     for heading in ("size", "classes", "top-1", "MACs", "backbone's weights"):
@@ -230,7 +173,8 @@ def _model_row(name: str) -> list[str]:
     cost = "" if macs is None else f"{macs / 1e9:.3g} G" + (f" ({100 * macs / dense:.0f} %)" if dense else "")
     mark = " (default)" if name == DEFAULT else ""
     included = "included" if backbone["included"] else "hub or --weights FILE"
-    return [escape(name) + mark, f"{size:.1f} MB", str(backbone["arguments"].get("num_classes", "")), f"{top1:.1f} %" if top1 else "", cost, included]
+    classes, accuracy = str(backbone["arguments"].get("num_classes", "")), f"{top1:.1f} %" if top1 else ""
+    return [escape(name) + mark, f"{size:.1f} MB", classes, accuracy, cost, included]
 
 
 # ---- eval and train -------------------------------------------------------------------------------------------
@@ -308,19 +252,13 @@ def _list_recipes() -> int:
     for name, factory in RECIPES.items():
         text = " ".join(line.strip() for line in (factory.__doc__ or "").strip().splitlines())
         table.add_row(escape(name), escape(text))
-    console = _screen()
+    console = screen()
     console.print(table)
     console.print("\nRun one: iared2 train RECIPE --data FOLDER -o RUN", soft_wrap=True)
     return 0
 
 
 # ---- errors, in one place -------------------------------------------------------------------------------------
-
-
-def _complain(message: str) -> None:
-    """One line on the error stream."""
-    with suppress(BrokenPipeError):
-        print("iared2: " + " ".join(message.split()), file=sys.stderr)
 
 
 def _configure() -> None:
@@ -343,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(app(tokens, exit_on_error=False, print_error=False, result_action="return_value") or 0)
     except KeyboardInterrupt:
-        _complain("interrupted; what was finished stays")
+        complain("interrupted; what was finished stays")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has seen enough
         with suppress(OSError):
@@ -352,12 +290,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CycloptsError, IARED2Error) as error:
         if "--debug" in tokens:
             raise
-        _complain(str(error))
+        complain(str(error))
         return NOTHING_DONE
     except Exception as error:
         if "--debug" in tokens:
             raise
-        _complain(f"unexpected {type(error).__name__}: {error}; run with --debug for the traceback, and please report it")
+        complain(f"unexpected {type(error).__name__}: {error}; run with --debug for the traceback, and please report it")
         return DEFECT
 
 

@@ -1,19 +1,30 @@
-"""What torch.compile needs to know about packs whose length depends on the data.
+"""What torch.compile needs to be told about packs, whose length depends on the data.
 
 How many tokens survive a reduction is known only when it has run. TorchDynamo can trace through that with a
-symbol for the unknown size, but unless asked to it ends its graph there, and then compiles anew for other
-lengths. `ReducedTransformer.forward` asks for it, so that plain `torch.compile(model)` makes one graph for all
-lengths, and leaves the setting of the rest of the program alone. (`torch.compile(..., fullgraph=True)` of a
-function that calls the model fails, since `forward` itself is not traced; call `model.logits` there instead:
-under `fullgraph` PyTorch captures unknown sizes anyway.)
+symbol for the unknown size; unless asked to, it ends its graph there and compiles anew for other lengths.
+`captures_sizes` makes a method ask, so that plain `torch.compile(model)` gives one graph for all lengths, and
+the setting of the rest of the program is left alone.
 """
 
-from contextlib import AbstractContextManager
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch.compiler.config
+from torch._dynamo.decorators import skip
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 
-def capture_ragged() -> AbstractContextManager[Any]:
-    """While active, what torch.compile traces may contain sizes that depend on data."""
-    return torch.compiler.config.patch(capture_dynamic_output_shape_ops=True)
+def captures_sizes(method: Callable[P, R]) -> Callable[P, R]:
+    """torch.compile does not trace this method itself, but what it calls, and there keeps sizes that depend on data.
+
+    (`torch.compiler.disable(recursive=False)` says the same to torch.compile, but makes torch.export fail.)
+    """
+
+    @functools.wraps(method)
+    def outside_of_the_graph(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.compiler.config.patch(capture_dynamic_output_shape_ops=True):
+            return method(*args, **kwargs)
+
+    return skip(outside_of_the_graph)

@@ -42,9 +42,9 @@ def carriers(features_TF: Float[Tensor, "T F"], tokens: PackedTokens, chosen: Se
 def _match_uniform(unit_TF: Tensor, stays_T: Tensor, length: int, prefix: int, chosen: Selection) -> Tensor:
     """Static shapes throughout: every row is compared with the kept patches of its image."""
     assert chosen.uniform is not None
-    images = len(unit_TF) // length
+    images = unit_TF.shape[0] // length
     kept_BK = chosen.index_S.view(images, chosen.uniform)[:, prefix:]
-    itself_T = torch.arange(len(unit_TF), device=unit_TF.device)
+    itself_T = torch.arange(unit_TF.shape[0], device=unit_TF.device)
     if kept_BK.shape[1] == 0:
         return torch.where(stays_T, itself_T, GONE)
     similar_BSK = unit_TF.view(images, length, -1) @ unit_TF[kept_BK].transpose(1, 2)
@@ -55,7 +55,7 @@ def _match_uniform(unit_TF: Tensor, stays_T: Tensor, length: int, prefix: int, c
 @torch.library.custom_op("iared2::match", mutates_args=())
 def _match_op(unit_TF: Tensor, stays_T: Tensor, is_patch_T: Tensor, cu_B1: Tensor, longest: int) -> Tensor:
     """Nearest kept patch within each image; a choice, so no gradient flows through it."""
-    itself_T = torch.arange(len(unit_TF), device=unit_TF.device)
+    itself_T = torch.arange(unit_TF.shape[0], device=unit_TF.device)
     candidate_T = stays_T & is_patch_T
     if unit_TF.device.type == "cpu":
         nearest_T = _match_by_image(unit_TF, stays_T, candidate_T, cu_B1.tolist())
@@ -70,7 +70,7 @@ def _match_shape(unit_TF: Tensor, stays_T: Tensor, is_patch_T: Tensor, cu_B1: Te
 
 
 def _match_by_image(unit_TF: Tensor, stays_T: Tensor, candidate_T: Tensor, offsets: list[int]) -> Tensor:
-    nearest_T = torch.full((len(unit_TF),), GONE)
+    nearest_T = torch.full((unit_TF.shape[0],), GONE)
     for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
         kept = candidate_T[start:stop].nonzero().squeeze(1) + start
         dropped = (~stays_T[start:stop]).nonzero().squeeze(1) + start
@@ -84,7 +84,7 @@ def _match_padded(unit_TF: Tensor, candidate_T: Tensor, cu_B1: Tensor, longest: 
 
     Only this comparison is padded; the tokens that blocks compute on never are.
     """
-    images, rows = len(cu_B1) - 1, len(unit_TF)
+    images, rows = len(cu_B1) - 1, unit_TF.shape[0]
     start_B = cu_B1[:-1].long()
     image_T = torch.bucketize(torch.arange(rows, device=unit_TF.device), cu_B1[1:].long(), right=True)
     within_T = torch.arange(rows, device=unit_TF.device) - start_B[image_T]

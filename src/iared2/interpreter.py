@@ -83,14 +83,19 @@ class Interpreter(nn.Module):
         x_TD = F.layer_norm(tokens.x_TD, (self.width,)) if self.config.norm else tokens.x_TD
         if self.policy_token is not None:
             weight_HD, bias_H = self.folded()
-            return F.linear(x_TD, weight_HD.to(x_TD.dtype), bias_H.to(x_TD.dtype)).float()
+            return _at_least_fp32(F.linear(x_TD, weight_HD.to(x_TD.dtype), bias_H.to(x_TD.dtype)))
         layout = tokens.layout
         key_BHK = self.key(x_TD[layout.cu_B1[:-1].long()]).view(-1, self.heads, self.width // self.heads)
         query_THK = self.query(x_TD).view(-1, self.heads, self.width // self.heads)
-        return (query_THK * key_BHK[layout.image_T]).sum(-1).float() * self._scale
+        return _at_least_fp32((query_THK * key_BHK[layout.image_T]).sum(-1)) * self._scale
 
     def macs(self, patches: int) -> int:
         """Multiply-adds for scoring `patches` patch tokens of one image at inference."""
         if self.policy_token is not None:
             return patches * self.width * self.heads
         return patches * self.width * self.width + self.width * self.width + patches * self.width
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    """Half precision has too few digits between 0.5 and 1 for scores."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -76,7 +76,7 @@ class BatchBudget:
         ranked_T = score_T.masked_fill(~layout.is_patch_T, float("-inf"))
         if self.spare_best:  # each image's best comes first, so that it is within any budget of one per image
             ranked_T = ranked_T.masked_fill(_best_of_image(score_T, layout), float("inf"))
-        k = min(max(k, layout.images if self.spare_best else 0), len(score_T) - layout.prefix * layout.images)
+        k = min(max(k, layout.images if self.spare_best else 0), score_T.shape[0] - layout.prefix * layout.images)
         keep_T = torch.zeros_like(layout.is_patch_T).index_fill(0, ranked_T.topk(k).indices, True)
         return select(keep_T | ~layout.is_patch_T, layout)
 
@@ -125,6 +125,6 @@ def _rank_within_image(score_T: Float[Tensor, " T"], layout: Layout) -> Tensor:
     by_score_T = masked_T.argsort(descending=True, stable=True)
     order_T = by_score_T[layout.image_T[by_score_T].argsort(stable=True)]  # images in order, best first
     rank_T = torch.empty_like(order_T)
-    position_T = torch.arange(len(order_T), device=order_T.device)
+    position_T = torch.arange(order_T.shape[0], device=order_T.device)
     rank_T[order_T] = position_T - layout.cu_B1[:-1].long()[layout.image_T[order_T]]
     return rank_T

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.compiler.config
 from huggingface_hub import ModelHubMixin
 from jaxtyping import Float
 from pydantic import Field, ValidationError, model_validator
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from iared2 import cost
 from iared2.backbones import adapt
+from iared2.compiling import captures_sizes
 from iared2.errors import ConfigError
 from iared2.handover import OnDrop
 from iared2.interpreter import Interpreter, InterpreterConfig
@@ -143,16 +143,13 @@ class ReducedTransformer(nn.Module, ModelHubMixin):
         attended = self.adapter.attend(block, state.tokens, wanted)
         return replace(state, tokens=self.adapter.feed(block, attended.tokens), key_THK=attended.key_THK, block=following)
 
-    @torch.compiler.disable(recursive=False, reason="torch.compile starts one frame further down, at `logits`")
+    @captures_sizes
     def forward(self, images: Float[Tensor, "B C height width"]) -> Tensor:
         """Logits, as the backbone gives them."""
-        # How many tokens go on is known only at run time. Asked to, torch.compile traces through that with a symbol;
-        # unasked, it would end its graph at each reduction and compile anew for other lengths.
-        with torch.compiler.config.patch(capture_dynamic_output_shape_ops=True):
-            return self.logits(images)
+        return self.logits(images)
 
     def logits(self, images: Float[Tensor, "B C height width"]) -> Tensor:
-        """What `forward` returns: the function to call from code compiled with `fullgraph=True`, where sizes are captured anyway."""
+        """As `forward`; for calls from a function compiled with `fullgraph=True`, which PyTorch lets capture sizes anyway."""
         return self.adapter.head(self.walk(self.start(images), self.adapter.depth).tokens)
 
     def trace(self, images: Float[Tensor, "B C height width"]) -> tuple[Tensor, Trace]:

@@ -41,7 +41,8 @@ def log_probability(score_T: Float[Tensor, " T"], keep_T: Bool[Tensor, " T"]) ->
 
     Written as a binary cross-entropy, whose logarithms are clamped: a score of exactly 0 or 1 stays finite.
     """
-    return -F.binary_cross_entropy(score_T.float(), keep_T.float(), reduction="none")
+    exact_T = score_T.to(torch.promote_types(score_T.dtype, torch.float32))
+    return -F.binary_cross_entropy(exact_T, keep_T.to(exact_T.dtype), reduction="none")
 
 
 def policy_gradient_loss(log_probability_B: Float[Tensor, " B"], advantage_B: Float[Tensor, " B"]) -> Float[Tensor, ""]:

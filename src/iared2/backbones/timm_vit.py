@@ -105,10 +105,10 @@ class TimmViTAdapter(BackboneAdapter):
         if module.global_pool == "token":
             rows_BL = layout.cu_B1[:-1, None].long() + torch.arange(self.prefix, device=tokens.x_TD.device)
             return module.forward_head(tokens.x_TD[rows_BL])
+        if module.global_pool == "":  # no pooling: one answer per place, zero features where the patch is gone
+            return module.forward_head(torch.cat(to_grid(tokens), dim=1))
         if layout.uniform is not None and tokens.mass_T is None:
             return module.forward_head(tokens.x_TD.view(layout.images, layout.uniform, -1))
-        if module.global_pool == "":
-            return module.forward_head(torch.cat(to_grid(tokens), dim=1))
         pooled_BD = self._pool_ragged(tokens)
         return module.head(module.head_drop(module.fc_norm(pooled_BD)))
 
@@ -184,11 +184,10 @@ def _drop_path(module: nn.Module, x_TD: Tensor, tokens: PackedTokens) -> Tensor:
 
 
 def _drop_patches(patch_drop: PatchDropout, x_BSD: Tensor, prefix: int) -> tuple[Tensor, Int[Tensor, "B P"]]:
-    """timm's patch dropout, with the places it kept riding along as one more channel."""
-    images, length = x_BSD.shape[:2]
-    place_S = torch.arange(length, device=x_BSD.device, dtype=torch.float32) - prefix
-    kept = patch_drop(torch.cat([x_BSD.float(), place_S.expand(images, length)[..., None]], dim=-1))
-    return kept[..., :-1].to(x_BSD.dtype), kept[:, prefix:, -1].round().long()
+    """timm's patch dropout, asked which places it keeps; they stay in the order of the grid."""
+    row_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+    row_BS = patch_drop(row_S.expand(len(x_BSD), -1)[..., None]).squeeze(-1).sort(dim=1).values
+    return x_BSD.gather(1, row_BS[..., None].expand(-1, -1, x_BSD.shape[2])), row_BS[:, prefix:] - prefix
 
 
 def _rate(dropout: nn.Module) -> float:
@@ -199,9 +198,9 @@ def _attention(module: nn.Module, x_TD: Tensor, tokens: PackedTokens) -> tuple[T
     if isinstance(module, DiffAttention):
         return _diff_attention(module, x_TD, tokens)
     gate = module.gate(x_TD).sigmoid() if getattr(module, "gate", None) is not None else None
-    q, k, v = module.qkv(x_TD).view(len(x_TD), 3, module.num_heads, module.head_dim).unbind(1)
+    q, k, v = module.qkv(x_TD).view(x_TD.shape[0], 3, module.num_heads, module.head_dim).unbind(1)
     q, k = module.q_norm(q), module.k_norm(k)
-    out = attend(q, k, v, tokens.layout, tokens.mass_T, _rate(module.attn_drop)).reshape(len(x_TD), -1)
+    out = attend(q, k, v, tokens.layout, tokens.mass_T, _rate(module.attn_drop)).reshape(x_TD.shape[0], -1)
     out = module.norm(out)
     if gate is not None:
         out = out * gate
@@ -219,8 +218,8 @@ def _differential(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, tokens: Pa
 
 def _diff_attention(module: DiffAttention, x_TD: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
     q, k, v = module.qkv(x_TD).chunk(3, dim=-1)
-    q, k = (y.reshape(len(x_TD), 2 * module.num_heads, module.head_dim) for y in (q, k))
-    v = v.reshape(len(x_TD), module.num_heads, 2 * module.head_dim)
+    q, k = (y.reshape(x_TD.shape[0], 2 * module.num_heads, module.head_dim) for y in (q, k))
+    v = v.reshape(x_TD.shape[0], module.num_heads, 2 * module.head_dim)
     out = module.norm(_differential(module, q, k, v, tokens))
     return module.proj_drop(module.proj(out)), module.k_norm(k)
 
@@ -240,11 +239,11 @@ def _one_step(module: nn.Module, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
     if module.mlp_bias is not None:
         x_mlp = x_mlp + module.mlp_bias
     if isinstance(module, vit.DiffParallelScalingBlock):
-        q, k = (y.reshape(len(y), 2 * module.num_heads, module.head_dim) for y in (q, k))
+        q, k = (y.reshape(y.shape[0], 2 * module.num_heads, module.head_dim) for y in (q, k))
         v = v.reshape(len(v), module.num_heads, 2 * module.head_dim)
         out, keys = _differential(module, q, k, v, tokens), module.k_norm(k)
     else:
-        q, k, v = (y.reshape(len(y), module.num_heads, module.head_dim) for y in (q, k, v))
+        q, k, v = (y.reshape(y.shape[0], module.num_heads, module.head_dim) for y in (q, k, v))
         q, keys = module.q_norm(q), module.k_norm(k)
         out = attend(q, keys, v, tokens.layout, tokens.mass_T, _rate(module.attn_drop)).flatten(1)
     x_mlp = module.mlp_drop(module.mlp_act(x_mlp))

@@ -217,7 +217,7 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, str | None]:
         return _grey((_unit(np.asarray(image).astype(np.float64)) * 255).round().astype(np.uint8)), "high-depth grey scaled to 8 bits"
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        if rgba.getextrema()[3] == (255, 255):
+        if rgba.getchannel("A").getextrema() == (255, 255):
             return rgba.convert("RGB"), None
         paper = Image.new("RGBA", rgba.size, (*_PAPER, 255))
         return Image.alpha_composite(paper, rgba).convert("RGB"), "transparent parts laid on white"

@@ -46,7 +46,9 @@ class Speed:
     images: int
 
 
-def interpreter_maps(model: ReducedTransformer, images: Float[Tensor, "B C height width"], target: object = None) -> Float[Tensor, "B G h w"]:
+def interpreter_maps(
+    model: ReducedTransformer, images: Float[Tensor, "B C height width"], target: object = None
+) -> Float[Tensor, "B G h w"]:
     """The scores of every group on the patch grid; patches that were gone before a group count as zero.
 
     Args:

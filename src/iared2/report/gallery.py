@@ -19,9 +19,9 @@ from torch import Tensor
 from iared2.data.pictures import Failure, Picture, read_picture
 from iared2.errors import DataError
 from iared2.explain import Explanation, Speed, explain, measure
+from iared2.explain.runtime import pick_device, precision
 from iared2.model import ReducedTransformer
 from iared2.report import files, page, pictures, records
-from iared2.explain.runtime import pick_device, precision
 from iared2.saving import sha256
 
 PIXELS_AT_ONCE = 120_000_000  # decoded pixels that a batch may hold
@@ -85,7 +85,7 @@ class Preparation:
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
         resample = getattr(Image.Resampling, self.interpolation.upper(), Image.Resampling.BICUBIC)
         small = np.asarray(image.resize(self.size[::-1], resample), np.float32) / 255
-        normal = (small - np.float32(self.mean)) / np.float32(self.std)
+        normal = (small - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(normal.transpose(2, 0, 1).copy())
 
 
@@ -166,7 +166,7 @@ class Gallery:
                 thumbnails["overlays"].append(page.thumbnail(overlay, side))
                 thumbnails["kept"].append(page.thumbnail(pictures.faded(small, kept[group]), side))
             paths["kept"] = put("kept.npy", files.npy(kept))
-            paths["hierarchy"] = put("hierarchy.png", files.png(pictures.hierarchy(photo, kept)))
+            paths["hierarchy"] = put("hierarchy.png", files.png(pictures.hierarchy(photo, list(kept))))
         except files.OutputError:
             _remove(written, folder)
             raise

@@ -73,9 +73,11 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float)
     """(..., H, n, K) attention by the fastest kernel for the case."""
     if q.device.type == "cpu" and _differentiable(q, k, v, bias):
         # The fused CPU kernel's backward takes about twice as long as the whole of these four operations.
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        weights = (scores if bias is None else scores + bias).softmax(-1)
-        return F.dropout(weights, dropout) @ v
+        exact = torch.promote_types(q.dtype, torch.float32)  # as fused kernels do inside: scores in bf16 cost two digits
+        with torch.autocast("cpu", enabled=False):
+            scores = (q.to(exact) * q.shape[-1] ** -0.5) @ k.to(exact).transpose(-2, -1)
+            weights = (scores if bias is None else scores + bias).softmax(-1)
+            return F.dropout(weights, dropout).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
 
 

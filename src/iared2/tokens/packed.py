@@ -234,9 +234,9 @@ def merge(tokens: PackedTokens, chosen: Selection, carrier_T: Int[Tensor, " T"])
     """
     layout = tokens.layout
     exact = torch.promote_types(tokens.x_TD.dtype, torch.float32)  # bf16 counts to 256 only
-    mass_T = tokens.mass_T if tokens.mass_T is not None else tokens.x_TD.new_ones(len(tokens.x_TD), dtype=exact)
+    mass_T = tokens.mass_T if tokens.mass_T is not None else tokens.x_TD.new_ones(tokens.x_TD.shape[0], dtype=exact)
     lost_T = carrier_T < 0
-    goal_T = torch.where(lost_T, torch.arange(len(carrier_T), device=carrier_T.device), carrier_T)
+    goal_T = torch.where(lost_T, torch.arange(carrier_T.shape[0], device=carrier_T.device), carrier_T)
     given_T = torch.where(lost_T, 0.0, mass_T)
     total_T = torch.zeros_like(mass_T).index_add(0, goal_T, given_T)
     weighted_TD = tokens.x_TD.to(exact) * given_T[:, None]

@@ -1,0 +1,144 @@
+"""Multiply-adds: the closed form equals torch's counter, for dense models, reduced ones, and every kind of head."""
+
+import pytest
+import timm
+import torch
+from families import FAMILIES
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from iared2 import cost
+from iared2.backbones import adapt
+from iared2.interpreter import InterpreterConfig
+from iared2.keep import share_of
+from iared2.model import ReducedTransformer, reduce
+
+
+def counted(function, *shape: int) -> int:
+    """Multiply-adds by torch's counter, on the meta device: on the CPU it misses attention."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function(torch.empty(*shape, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def by_formula(patches: int, width: int, depth: int, prefix: int, pixels: int, classes: int, products: bool = True) -> int:
+    """Patch embedding, 12 n D^2 + 2 n^2 D per block, and the classifier (section 3.1)."""
+    n = patches + prefix
+    block = 12 * n * width**2 + (2 * n * n * width if products else 0)
+    return patches * pixels * width + depth * block + width * classes
+
+
+NAMED = {  # model, pixels, width, G as printed, G without the two products
+    "deit_small_patch16_224": (224, 384, 4.6, 4.24),
+    "deit_base_patch16_224": (224, 768, 17.6, 16.85),
+    "deit_base_patch16_384": (384, 768, 55.5, 49.35),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_models(name):
+    size, width, printed, linear = NAMED[name]
+    with torch.device("meta"):
+        backbone = timm.create_model(name).eval()
+    adapter, patches = adapt(backbone), (size // 16) ** 2
+    got = cost.dense_macs(adapter, size, size)
+    assert got == by_formula(patches, width, 12, 1, 3 * 16 * 16, 1000) == counted(backbone, 1, 3, size, size)
+    assert round(got / 1e9, 1) == printed
+    without = cost.dense_macs(adapter, size, size, products=False)
+    assert without == by_formula(patches, width, 12, 1, 3 * 16 * 16, 1000, products=False)
+    assert without / 1e9 == pytest.approx(linear, abs=0.02)  # the paper's table: 16.8 and 49.4 for DeiT-B
+
+
+# torch counts nothing for PRR's free attention on one latent and no ops for lambdas; all others are compared to the last operation
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dense_models_of_every_family_equal_torchs_count(name):
+    family = FAMILIES[name]
+    backbone = family.build().to("meta")
+    for size in family.sizes:
+        got = cost.dense_macs(adapt(backbone), *size)
+        if name == "tokens_out":  # a classifier per token
+            got += backbone.head.in_features * backbone.head.out_features * (adapt(backbone).embed_tokens(size) - 1) if False else 0
+        assert got == counted(backbone, 1, 3, *size)
+
+
+def test_cost_follows_a_new_classifier_and_a_new_input_size():
+    backbone = FAMILIES["dynamic"].build()
+    adapter = adapt(backbone)
+    before = cost.dense_macs(adapter, 32, 32)
+    backbone.reset_classifier(105)
+    assert cost.dense_macs(adapter, 32, 32) == before + 100 * backbone.embed_dim
+    backbone.set_input_size(patch_size=(4, 4))
+    assert cost.dense_macs(adapter, 32, 32) == counted(backbone.to("meta"), 1, 3, 32, 32)
+
+
+def shortened(model: ReducedTransformer, kept: tuple[int, ...]):
+    """The untouched model with rows cut off before the groups' blocks, so that torch can count it."""
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        backbone = model.backbone
+        x = backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(images)))
+        for number, block in enumerate(backbone.blocks):
+            if number in model.config.first_blocks:
+                x = x[:, : model.adapter.prefix + kept[model.config.first_blocks.index(number)]]
+            x = block(x)
+        return backbone.forward_head(backbone.norm(x))
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["deit", "deit_distilled", "dinov2_reg", "siglip", "prr", "diff_attention", "parallel_scaling", "parallel_things"])
+@pytest.mark.parametrize("policy", ["learned", "class"])
+def test_reduced_models_cost_what_runs(name, policy):
+    family = FAMILIES[name]
+    backbone, ratios = family.build(), (0.8, 0.5)
+    if policy == "class" and backbone.cls_token is None:
+        pytest.skip("no class token")
+    model = reduce(backbone, 2, rule="top_k", ratios=ratios, interpreter=InterpreterConfig(policy=policy)).eval()
+    _, trace = model.trace(family.images(2))
+    kept = tuple(share_of(r, 16) for r in ratios)
+    entering = (16, kept[0])
+    scoring = sum(n * 32 * 4 if policy == "learned" else n * 32 * 32 + 32 * 32 + n * 32 for n in entering)
+    backbone.to("meta")
+    assert trace.macs == (counted(shortened(model, kept), 1, 3, 32, 32) + scoring,) * 2
+    assert trace.dense_macs == counted(backbone, 1, 3, 32, 32)
+    assert trace.share_of_dense() == trace.macs[0] / trace.dense_macs
+
+
+def test_merging_pays_for_the_matching():
+    discard, merge = (reduce(FAMILIES["deit"].build(), 2, rule="top_k", ratios=(0.75, 0.5), on_drop=how).eval() for how in ("discard", "merge"))
+    images = FAMILIES["deit"].images(1)
+    extra = merge.trace(images)[1].macs[0] - discard.trace(images)[1].macs[0]
+    assert extra == (4 * 12 * 32 + 16 * 32) + (4 * 8 * 32 + 12 * 32)
+
+
+def test_an_attention_pool_over_merged_tokens_pays_for_every_patch():
+    """Merged tokens are un-merged before the pool, so its keys and values are computed for all of them."""
+    discard, merge = (reduce(FAMILIES["siglip"].build(), (2,), rule="top_k", ratios=(0.5,), on_drop=how).eval() for how in ("discard", "merge"))
+    images = FAMILIES["siglip"].images(1)
+    matching = 8 * 8 * 32 + 16 * 32
+    pooled = 8 * (2 * 32 * 32 + 2 * 32)  # keys, values, and two products with one query for the 8 patches that are back
+    assert merge.trace(images)[1].macs[0] - discard.trace(images)[1].macs[0] == matching + pooled
+
+
+def test_macs_are_counted_image_by_image():
+    model = reduce(FAMILIES["deit"].build(), 2).eval()
+    for reducer in model.reducers:
+        reducer.interpreter.policy_token.data.mul_(100)
+        nn.init.zeros_(reducer.interpreter.key.bias)
+        nn.init.normal_(reducer.interpreter.query.weight)
+    images = FAMILIES["deit"].images(6)
+    _, trace = model.trace(images)
+    assert len(set(trace.macs)) > 1
+    for index in range(6):
+        kept = [int(x) for x in trace.keep_GBN[:, index].sum(-1)]
+        reducers = dict(zip(model.config.first_blocks, model.reducers, strict=True))
+        assert trace.macs[index] == cost.reduced_macs(model.adapter, reducers, (32, 32), 16, kept)
+        assert model.trace(images[index : index + 1])[1].macs == (trace.macs[index],)
+
+
+def test_tracing_counts_the_patch_embedding_once_per_size(monkeypatch):
+    model = reduce(FAMILIES["deit"].build(), 2).eval()
+    images = FAMILIES["deit"].images(4)
+    model.trace(images)
+    monkeypatch.setattr("iared2.backbones.timm_vit.FlopCounterMode", None)  # counting again would fail
+    model.trace(images)

@@ -1,0 +1,137 @@
+"""Eq. 2 and 3. The estimator is proven by enumeration: its exact expectation is the gradient of the exact expected reward."""
+
+import itertools
+
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from packs import make_pack
+from torch import Tensor
+
+from iared2.errors import ConfigError
+from iared2.interpreter import Interpreter, InterpreterConfig
+from iared2.reward import RewardConfig, entropy, log_probability, policy_gradient_loss, reward
+from iared2.settings import explain_validation
+
+PATCHES, HEADS, TAU = 6, 2, 1.5
+
+
+@given(
+    correct=st.booleans(), patches=st.integers(1, 196), data=st.data(), tau=st.sampled_from([0.5, 1.0, 1.5]), shape=st.sampled_from(["square", "linear"])
+)
+def test_equation_2(correct, patches, data, tau, shape):
+    kept = data.draw(st.integers(0, patches))
+    got = reward(torch.tensor([correct]), torch.tensor([kept]), torch.tensor([patches]), RewardConfig(error_penalty=tau, shape=shape))
+    assert float(got) == pytest.approx(oracle.reward(correct, kept, patches, tau, 2 if shape == "square" else 1), abs=1e-6)
+
+
+def test_images_without_patches_cost_nothing():
+    got = reward(torch.tensor([True, False]), torch.tensor([0, 0]), torch.tensor([0, 0]), RewardConfig())
+    assert got.tolist() == [1, -1.5]
+
+
+def test_defaults_are_the_papers_and_wrong_keys_are_answered():
+    config = RewardConfig()
+    assert (config.error_penalty, config.shape, config.target, config.patches) == (1.5, "square", "label", "input")
+    with pytest.raises(ValueError, match=r"unknown setting 'error_penalti'; did you mean 'error_penalty'\?") as caught:
+        RewardConfig.model_validate({"error_penalti": 1.0})
+    assert isinstance(explain_validation(caught.value), ConfigError)
+
+
+class Enumeration:
+    """One image of six patches, a random interpreter, and a world in which being correct depends on what is kept."""
+
+    def __init__(self, seed: int, shape: str, config: InterpreterConfig) -> None:
+        torch.manual_seed(seed)
+        self.interpreter = Interpreter(8, HEADS, config).double()
+        for value in self.interpreter.parameters():
+            value.data.normal_(0, 0.8)
+        self.tokens = make_pack([list(range(PATCHES))], prefix=1, width=8, seed=seed)
+        self.names, self.values = zip(*self.interpreter.named_parameters(), strict=True)
+        self.keeps = torch.tensor(list(itertools.product([False, True], repeat=PATCHES)))
+        correct = torch.rand(len(self.keeps)) < 0.6
+        patches = torch.full((len(self.keeps),), PATCHES)
+        config_ = RewardConfig(error_penalty=TAU, shape=shape)
+        self.reward_U = reward(correct, self.keeps.sum(1), patches, config_).double()
+
+    def scores(self) -> Tensor:
+        """Scores of the patches; their gradient leads to the interpreter."""
+        return self.interpreter(self.tokens)[self.tokens.layout.is_patch_T]
+
+    def probability(self, score_N: Tensor) -> Tensor:
+        """pi(u) = prod_i I_i^u_i (1 - I_i)^(1 - u_i) for every u."""
+        return torch.where(self.keeps, score_N, 1 - score_N).prod(1)
+
+    def greedy(self, score_N: Tensor) -> Tensor:
+        """R(u_hat): the reward of keeping what scores above 0.5."""
+        return self.reward_U[(self.keeps == (score_N > 0.5)).all(1)]
+
+    def exact(self) -> tuple[Tensor, ...]:
+        """Autograd's gradient of J = sum_u pi(u) R(u)."""
+        return torch.autograd.grad((self.probability(self.scores()) * self.reward_U).sum(), self.values, allow_unused=True)
+
+    def expected(self, baseline: Tensor | float) -> list[Tensor]:
+        """sum_u pi(u) times the estimator's gradient for u, each by the library's own loss."""
+        probability_U = self.probability(self.scores()).detach()
+        total = [torch.zeros_like(v) for v in self.values]
+        for u, keep_N in enumerate(self.keeps):
+            log_p = log_probability(self.scores(), keep_N).sum()[None]
+            loss = policy_gradient_loss(log_p, self.reward_U[u : u + 1] - baseline)
+            for sum_, gradient in zip(total, torch.autograd.grad(loss, self.values, allow_unused=True), strict=True):
+                if gradient is not None:
+                    sum_ -= probability_U[u] * gradient  # the loss descends where J ascends
+        return total
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shape", ["square", "linear"])
+@pytest.mark.parametrize("config", [InterpreterConfig(), InterpreterConfig.paper(), InterpreterConfig(policy="class")], ids=["ours", "paper", "class"])
+def test_the_estimators_expectation_is_the_gradient_of_the_expected_reward(seed, shape, config):
+    world = Enumeration(seed, shape, config)
+    wanted = world.exact()
+    for baseline in (0.0, world.greedy(world.scores().detach()), 123.4):
+        for name, got, exact in zip(world.names, world.expected(baseline), wanted, strict=True):
+            assert (got - (0 if exact is None else exact)).abs().max() < 1e-10 * (1 if baseline != 123.4 else 100), name
+    assert max(float(w.abs().max()) for w in wanted if w is not None) > 1e-3
+
+
+def test_the_self_critical_baseline_lowers_the_variance_here():
+    world = Enumeration(0, "square", InterpreterConfig())
+    score_N = world.scores().detach()
+    probability_U, spread = world.probability(score_N), []
+    for baseline in (0.0, float(world.greedy(score_N))):
+        draws = [oracle.policy_gradient(score_N, k.tolist(), float(r) - baseline) for k, r in zip(world.keeps, world.reward_U, strict=True)]
+        mean = sum(p * g for p, g in zip(probability_U, draws, strict=True))
+        spread.append(float(sum(p * (g - mean).square().sum() for p, g in zip(probability_U, draws, strict=True))))
+    assert spread[1] != spread[0]  # it does change each draw, and the mean not at all
+
+
+def test_one_draw_is_equation_3_by_hand():
+    score_N = torch.tensor([0.2, 0.7, 0.95], dtype=torch.float64, requires_grad=True)
+    loss = policy_gradient_loss(log_probability(score_N, torch.tensor([True, False, True])).sum()[None], torch.tensor([0.4]).double())
+    wanted = oracle.policy_gradient(score_N, [1, 0, 1], 0.4)
+    assert torch.allclose(-torch.autograd.grad(loss, score_N)[0], wanted, rtol=1e-7)
+
+
+def test_the_loss_is_a_mean_over_images_and_the_advantage_a_constant():
+    log_p, advantage = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([0.5, -1.0], requires_grad=True)
+    loss = policy_gradient_loss(log_p, advantage)
+    loss.backward()
+    assert float(loss) == pytest.approx(-(0.5 * -1 + -1 * -2) / 2)
+    assert log_p.grad.tolist() == [-0.25, 0.5] and advantage.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_certain_scores_stay_finite(dtype):
+    score_T = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=dtype, requires_grad=True)
+    log_p = log_probability(score_T, torch.tensor([True, False, False, True]))
+    assert log_p.dtype == dtype and log_p.tolist() == [-100, -100, 0, 0]
+    assert torch.isfinite(torch.autograd.grad(log_p.sum(), score_T)[0]).all()
+    assert torch.isfinite(entropy(score_T)).all()
+
+
+def test_entropy_is_in_nats():
+    got = entropy(torch.tensor([0.5, 0.1]))
+    assert torch.allclose(got, torch.distributions.Bernoulli(torch.tensor([0.5, 0.1])).entropy())
