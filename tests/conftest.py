@@ -6,6 +6,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
 from families import FAMILIES, Family
 
 hypothesis.settings.register_profile("iared2", deadline=None, max_examples=25, derandomize=True)

@@ -3,18 +3,18 @@
 from collections.abc import Callable
 from itertools import pairwise
 
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from packs import lengths_layout
 from torch import Tensor
 from torch.nn import functional as F
 
+import oracle
 from iared2.errors import ConfigError
 from iared2.tokens.attention import attend
 from iared2.tokens.packed import Layout
+from packs import lengths_layout
 
 SLACK = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 LENGTHS = {

@@ -2,14 +2,14 @@
 
 from importlib.metadata import EntryPoint
 
-import oracle
 import pytest
 import timm.models.vision_transformer as vit
 import torch
-from families import CLASSES, DEPTH, FAMILIES, Family
 from timm.layers import PatchDropout
 from torch import Tensor, nn
 
+import oracle
+from families import CLASSES, DEPTH, FAMILIES, Family
 from iared2.backbones import adapt, base, register_adapter
 from iared2.backbones.timm_vit import TimmViTAdapter
 from iared2.errors import UnsupportedBackboneError

@@ -1,15 +1,15 @@
 """Hand-over: who carries whom, against explicit loops; all ways of matching agree."""
 
-import oracle
-import packs
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from packs import PLACES, make_pack, rows_of
 
+import oracle
+import packs
 from iared2.handover import _match_padded, carriers, hand_over, matching_macs
 from iared2.tokens.packed import GONE, PackedTokens, Selection, select, select_places
+from packs import PLACES, make_pack, rows_of
 
 PREFIX = st.integers(0, 2)
 
@@ -26,6 +26,7 @@ def by_loops(tokens: PackedTokens, chosen: Selection, features_TF: torch.Tensor)
 @given(kept=packs.images, prefix=PREFIX, share=st.sampled_from([0.0, 0.3, 0.7, 1.0]), seed=packs.seeds)
 def test_each_dropped_token_goes_to_the_most_similar_kept_patch(kept, prefix, share, seed):
     tokens = make_pack(kept, prefix, seed=seed)
+    assume(len(tokens.x_TD))
     draw = torch.Generator().manual_seed(seed)
     features_TF = torch.randn(len(tokens.x_TD), 6, dtype=torch.float64, generator=draw)
     chosen = select(packs.keep_mask(tokens.layout, draw, share), tokens.layout)

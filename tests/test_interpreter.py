@@ -1,16 +1,16 @@
 """Eq. 1: folded equals unfolded, both policies, and where training starts."""
 
-import oracle
 import pytest
 import torch
-from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
-from packs import make_pack, rows_of
 
+import oracle
+from families import FAMILIES
 from iared2.errors import ConfigError
 from iared2.interpreter import Interpreter, InterpreterConfig
 from iared2.model import reduce
+from packs import make_pack, rows_of
 
 KEPT = [[0, 3, 4], [1], [2, 5, 6, 7, 8]]
 

@@ -2,16 +2,16 @@
 
 import math
 
-import packs
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from packs import PLACES, make_layout, rows_of
 
+import packs
 from iared2.errors import ConfigError
 from iared2.keep import BatchBudget, Given, KeepRule, Sampled, Threshold, TopK, share_of
 from iared2.tokens.packed import Layout, select, select_places
+from packs import PLACES, make_layout, rows_of
 
 PREFIX = st.integers(0, 2)
 
@@ -80,9 +80,8 @@ def test_uniform_and_ragged_top_k_agree(images, left, prefix, ratio, seed):
     assert one.uniform == prefix + min(share_of(ratio, PLACES), len(left)) and two.uniform is None
 
 
-@pytest.mark.parametrize("uniform", [True, False])
-def test_ties_go_to_the_earlier_place(uniform):
-    layout = make_layout([list(range(PLACES))] * 2, 1, uniform=uniform)
+def test_ties_go_to_the_earlier_place():
+    layout = make_layout([list(range(PLACES))] * 2, 1)  # ragged; static shapes go through torch.topk, which chooses freely
     score_T = torch.ones(len(layout.image_T))
     assert kept_patches(TopK(0.25), score_T, layout) == [[1, 2, 3], [14, 15, 16]]
 

@@ -1,14 +1,14 @@
 """Packing, selecting, merging and going back to the grid, against loops."""
 
-import packs
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from packs import PLACES, make_layout, make_pack, rows_of
 
+import packs
 from iared2.tokens.grid import to_map, to_pixels
 from iared2.tokens.packed import GONE, Selection, merge, pack, scatter_places, select, select_places, take, to_grid
+from packs import PLACES, make_layout, make_pack, rows_of
 
 PREFIX = st.integers(0, 3)
 

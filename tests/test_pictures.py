@@ -207,7 +207,6 @@ def test_sources_that_lead_nowhere_are_named(tmp_path):
     sources = [tmp_path / "empty", tmp_path / "nothing", tmp_path / "*.jpg", "a\0b"]
     found, failed = find_pictures(sources)
     assert not found
-    reasons = [failure.reason for failure in failed]
     wanted = ("no pictures", "no such file", "no file matches", "no such file")
     assert len(failed) == len(wanted)
     assert all(words in failure.reason for words, failure in zip(wanted, failed, strict=True))

@@ -2,18 +2,18 @@
 
 import itertools
 
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from packs import make_pack
 from torch import Tensor
 
+import oracle
 from iared2.errors import ConfigError
 from iared2.interpreter import Interpreter, InterpreterConfig
 from iared2.reward import RewardConfig, entropy, log_probability, policy_gradient_loss, reward
 from iared2.settings import explain_validation
+from packs import make_pack
 
 PATCHES, HEADS, TAU = 6, 2, 1.5
 

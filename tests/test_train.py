@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_run
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
+import tiny_run
 from iared2.curriculum import StagePlan, algorithm_1
 from iared2.errors import ConfigError, TrainingError
 from iared2.keep import Threshold

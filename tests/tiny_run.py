@@ -3,19 +3,18 @@
 import sys
 from pathlib import Path
 
-import torch
-
-import iared2  # noqa: F401 - first, see iared2/_compat.py
 import timm
+import torch
 from accelerate import Accelerator
 from timm.models.vision_transformer import VisionTransformer
 
+import iared2  # noqa: F401 - first, see iared2/_compat.py
+from iared2.curriculum import algorithm_1
 from iared2.data.arrays import ArrayBatches, ImageArrays, Preprocess
 from iared2.model import ReducedTransformer, reduce
 from iared2.train.feeds import Feeds
 from iared2.train.recipes import BackboneSettings, DataSettings, Recipe, ReductionSettings
 from iared2.train.run import build_stage
-from iared2.curriculum import algorithm_1
 from iared2.train.trainer import RunSettings, Stage, Trainer
 
 

@@ -3,6 +3,7 @@
 Exit codes: 0 all is well; 1 some files failed; 2 nothing could be done, or the command is wrong; 70 a defect of ours; 130 interrupted.
 """
 
+import json
 import logging
 import math
 import os
@@ -26,7 +27,7 @@ from iared2.report.screen import complain, progress, screen, tell
 if TYPE_CHECKING:
     from iared2.model import ReducedTransformer
 
-FAILED, NOTHING_DONE, DEFECT, INTERRUPTED = 1, 2, 70, 130
+NOTHING_DONE, DEFECT, INTERRUPTED = 2, 70, 130
 
 app = App(
     name="iared2",
@@ -161,8 +162,6 @@ def models(*, common: Common = _COMMON) -> int:
 
 
 def _model_row(name: str) -> list[str]:
-    import json
-
     from iared2 import assets
 
     folder = assets.HERE / name
@@ -252,9 +251,7 @@ def _list_recipes() -> int:
     for name, factory in RECIPES.items():
         text = " ".join(line.strip() for line in (factory.__doc__ or "").strip().splitlines())
         table.add_row(escape(name), escape(text))
-    console = screen()
-    console.print(table)
-    console.print("\nRun one: iared2 train RECIPE --data FOLDER -o RUN", soft_wrap=True)
+    screen().print(table, "\nRun one: iared2 train RECIPE --data FOLDER -o RUN", soft_wrap=False)
     return 0
 
 

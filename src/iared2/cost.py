@@ -35,13 +35,15 @@ def reduced_macs(
         products: whether to count q k^T and weights v.
     """
     total = adapter.embed_macs(*size)
+    pooled = patches  # merged patches are un-merged before the head, so that each counts once there
     after = iter(kept)
     for block in range(adapter.depth):
         if block in reducers:
             left = next(after)
             total += reducers[block].macs(patches, left)
             patches = left
+            pooled = pooled if reducers[block].merges and left else left
         cost = adapter.block_cost(block)
         tokens = adapter.prefix + patches
         total += cost.macs(tokens) if products else tokens * cost.per_token
-    return total + adapter.head_macs(adapter.prefix + patches)
+    return total + adapter.head_macs(adapter.prefix + pooled)

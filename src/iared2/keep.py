@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,6 +12,7 @@ from iared2.errors import ConfigError
 from iared2.tokens.packed import Layout, Selection, select, select_places
 
 
+@runtime_checkable
 class KeepRule(Protocol):
     """Scores (T,) and a layout -> the selection. Scores of prefix rows carry no meaning."""
 

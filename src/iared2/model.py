@@ -91,6 +91,9 @@ class ReducedTransformer(nn.Module, ModelHubMixin):
         torch.Size([1, 14, 14])
     """
 
+    backbone: Any  # timm's attributes are not typed
+    reducers: Any  # an nn.ModuleList of InterpreterReducer
+
     def __init__(self, backbone: nn.Module, config: ReductionConfig) -> None:
         super().__init__()
         self.adapter = adapt(backbone)
@@ -155,7 +158,7 @@ class ReducedTransformer(nn.Module, ModelHubMixin):
     def trace(self, images: Float[Tensor, "B C height width"]) -> tuple[Tensor, Trace]:
         """Logits, and what was dropped on the way. Costs nothing beyond `forward`."""
         state = self.walk(self.start(images), self.adapter.depth)
-        return self.adapter.head(state.tokens), self.make_trace(state.reductions, tuple(images.shape[-2:]))
+        return self.adapter.head(state.tokens), self.make_trace(state.reductions, (images.shape[-2], images.shape[-1]))
 
     def make_trace(self, reductions: Sequence[Reduction], size: tuple[int, int]) -> Trace:
         """The trace of finished reductions for inputs of `size` = (height, width) in pixels."""
@@ -224,10 +227,10 @@ class ReducedTransformer(nn.Module, ModelHubMixin):
     ) -> Any:
         """As timm's: features after chosen blocks (the last n, or by number; all by default), on the full grid."""
         depth = self.adapter.depth
-        if isinstance(indices, int):
-            chosen = list(range(depth - indices, depth))
-        else:
-            chosen = list(range(depth)) if indices is None else [i % depth for i in indices]
+        last = depth if indices is None else indices
+        chosen = range(depth - last, depth) if isinstance(last, int) else [i + depth if i < 0 else i for i in last]
+        if not chosen or min(chosen) < 0 or max(chosen) >= depth:
+            raise ConfigError(f"indices: got {indices}, but the backbone has blocks 0 to {depth - 1}; give block numbers, or how many of the last")
         state, found = self.start(images), []
         for block in range(depth):
             state = self.walk(state, block + 1)
@@ -238,7 +241,7 @@ class ReducedTransformer(nn.Module, ModelHubMixin):
                     prefix_BLD, patch_BND = self.adapter.norm(prefix_BLD), self.adapter.norm(patch_BND) * alive_BN1
                 if output_fmt == "NCHW":
                     patch_BND = patch_BND.transpose(1, 2).unflatten(2, state.tokens.layout.grid)
-                found.append((patch_BND, prefix_BLD) if return_prefix_tokens else patch_BND)
+                found.append((patch_BND, prefix_BLD) if return_prefix_tokens and self.adapter.prefix else patch_BND)
         if intermediates_only:
             return found
         return self.adapter.norm(torch.cat(to_grid(state.tokens), dim=1)) * _alive(state.tokens), found
@@ -328,7 +331,7 @@ def _alive(tokens: PackedTokens) -> Float[Tensor, "B S 1"]:
     return torch.nn.functional.pad(alive_BN, (tokens.layout.prefix, 0), value=1.0)[..., None]
 
 
-def _fingerprint(module: nn.Module) -> tuple[tuple[str, float], ...]:
-    """A cheap figure per parameter that any training step changes."""
+def _fingerprint(module: nn.Module) -> tuple[tuple[str, float, float], ...]:
+    """Cheap figures per parameter that any training step changes (a classifier's gradients add up to zero, their squares do not)."""
     with torch.no_grad():
-        return tuple((name, float(p.double().sum())) for name, p in module.named_parameters() if p.device.type != "meta")
+        return tuple((name, float(p.double().sum()), float(p.double().square().sum())) for name, p in module.named_parameters() if p.device.type != "meta")

@@ -34,7 +34,7 @@ SCHEMA = 1
 FILES = ["config.json", "labels.json", "*.safetensors", "README.md"]
 
 
-def backbone_spec(backbone: nn.Module) -> dict[str, Any]:
+def backbone_spec(backbone: Any) -> dict[str, Any]:
     """What `timm.create_model` needs to build this backbone again, without weights."""
     known = getattr(backbone, "pretrained_cfg", None) or {}
     given = {k: v for k, v in getattr(backbone, "_model_args", {}).items() if _plain(v) and k != "patch_drop_rate"}
@@ -146,8 +146,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: not valid JSON ({error}); save the model again") from None
     if not isinstance(config, dict) or config.get("library") != "iared2":
         raise WeightsError(f"{path}: not written by iared2; a model folder is what `save_pretrained` writes")
-    if config.get("schema", 0) > SCHEMA:
-        raise WeightsError(f"{path}: schema {config['schema']}, but this version reads up to {SCHEMA}; upgrade iared2")
+    schema = config.get("schema")
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise WeightsError(f"{path}: schema {schema}, but this version reads up to {SCHEMA}; upgrade iared2")
+    for part, keys in (("reduction", set()), ("backbone", {"architecture", "tag", "arguments", "included"})):
+        lacks = {part} - set(config) or keys - set(config[part] if isinstance(config[part], dict) else ())
+        if lacks:
+            raise WeightsError(f"{path}: {part!r} lacks {', '.join(sorted(lacks))}; save the model again")
     return config
 
 
@@ -175,7 +180,7 @@ def _backbone_file(spec: dict[str, Any], folder: Path, weights: str | Path | Non
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _build_backbone(spec: dict[str, Any], folder: Path, weights: str | Path | None) -> nn.Module:
+def _build_backbone(spec: dict[str, Any], folder: Path, weights: str | Path | None) -> Any:
     architecture, arguments = spec["architecture"], dict(spec["arguments"])
     if architecture is None:
         raise WeightsError(f"{folder}: the backbone is not a named timm model; give it as `backbone=`")

@@ -1,6 +1,7 @@
 """The trace: what a reduced model did to each image, group by group."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -55,21 +56,29 @@ class Trace:
 
     def image(self, index: int) -> "Trace":
         """The trace of one image."""
-        rows = slice(index, index + 1) if index != -1 else slice(-1, None)
-        return Trace(
-            self.score_GBN[:, rows], self.keep_GBN[:, rows], self.carrier_GBN[:, rows],
-            self.grid, self.first_blocks, self.macs[rows], self.dense_macs,
-        )
+        one = index % len(self.macs)
+        return self._with(lambda tensor: tensor[:, one : one + 1], (self.macs[one],))
 
     def cpu(self) -> "Trace":
         """The same on the host, detached."""
-        parts = [t.detach().cpu() for t in (self.score_GBN, self.keep_GBN, self.carrier_GBN)]
-        return Trace(*parts, self.grid, self.first_blocks, self.macs, self.dense_macs)
+        return self._with(lambda tensor: tensor.detach().cpu(), self.macs)
+
+    def _with(self, change: Callable[[Tensor], Tensor], macs: tuple[int, ...]) -> "Trace":
+        return replace(
+            self,
+            score_GBN=change(self.score_GBN),
+            keep_GBN=change(self.keep_GBN),
+            carrier_GBN=change(self.carrier_GBN),
+            macs=macs,
+        )
 
 
-def concatenate(traces: list[Trace]) -> Trace:
+def concatenate(traces: Sequence[Trace]) -> Trace:
     """Joins traces of batches of one model and input size."""
-    first = traces[0]
-    joined = [torch.cat([getattr(t, name) for t in traces], dim=1) for name in ("score_GBN", "keep_GBN", "carrier_GBN")]
-    macs = tuple(m for t in traces for m in t.macs)
-    return Trace(*joined, first.grid, first.first_blocks, macs, first.dense_macs)
+    return replace(
+        traces[0],
+        score_GBN=torch.cat([trace.score_GBN for trace in traces], dim=1),
+        keep_GBN=torch.cat([trace.keep_GBN for trace in traces], dim=1),
+        carrier_GBN=torch.cat([trace.carrier_GBN for trace in traces], dim=1),
+        macs=tuple(macs for trace in traces for macs in trace.macs),
+    )

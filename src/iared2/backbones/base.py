@@ -9,6 +9,7 @@ import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -46,15 +47,13 @@ class BackboneAdapter(ABC):
         module: the untouched backbone.
         prefix: tokens in front of the patches (class, distillation, register tokens).
         has_class_token: whether the first prefix token is a class token.
-        needs_patch: whether the head needs at least one patch token per image.
         width, heads, depth: D, H, and the number of blocks.
         splits: for each block, whether a reduction may act between its two halves.
     """
 
-    module: nn.Module
+    module: Any
     prefix: int
     has_class_token: bool
-    needs_patch: bool
     width: int
     heads: int
     depth: int
@@ -67,6 +66,11 @@ class BackboneAdapter(ABC):
 
     @abstractmethod
     def __init__(self, module: nn.Module) -> None: ...
+
+    @property
+    @abstractmethod
+    def needs_patch(self) -> bool:
+        """Whether the head needs at least one patch token per image."""
 
     @abstractmethod
     def embed(self, images: Float[Tensor, "B C height width"]) -> PackedTokens:

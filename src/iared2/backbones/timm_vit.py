@@ -1,6 +1,7 @@
 """Adapter for timm's `VisionTransformer`: DeiT, AugReg, DeiT-III, DINOv2, CLIP and SigLIP towers, and kin."""
 
 import copy
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +25,7 @@ class TimmViTAdapter(BackboneAdapter):
     """Runs a timm `VisionTransformer` on packed tokens."""
 
     @classmethod
-    def missing(cls, module: nn.Module) -> str | None:
+    def missing(cls, module: Any) -> str | None:
         if not isinstance(module, vit.VisionTransformer):
             return "not a timm VisionTransformer"
         for name in ("patch_embed", "_pos_embed", "blocks", "norm", "forward_head"):
@@ -32,7 +33,7 @@ class TimmViTAdapter(BackboneAdapter):
                 return f"has no {name!r}"
         return None
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         for index, block in enumerate(module.blocks):
             if type(block) not in BLOCKS:
                 known = ", ".join(kind.__name__ for kind in BLOCKS)
@@ -51,6 +52,7 @@ class TimmViTAdapter(BackboneAdapter):
         self.width = module.embed_dim
         self.depth = len(module.blocks)
         self.heads = _heads(module.blocks[0])
+        self._embed_macs: dict[tuple[int, ...], int] = {}
         self.splits = tuple(isinstance(block, (vit.Block, vit.ResPostBlock)) for block in module.blocks)
 
     @property
@@ -84,7 +86,8 @@ class TimmViTAdapter(BackboneAdapter):
         return Attended(tokens.with_x(tokens.x_TD + delta), keys if want_keys else None)
 
     def feed(self, block: int, tokens: PackedTokens) -> PackedTokens:
-        module, x_TD = self.module.blocks[block], tokens.x_TD
+        module: Any = self.module.blocks[block]
+        x_TD = tokens.x_TD
         if isinstance(module, vit.Block):
             delta = _drop_path(module.drop_path2, module.ls2(_mlp(module.mlp, module.norm2(x_TD))), tokens)
         elif isinstance(module, vit.ResPostBlock):
@@ -132,11 +135,14 @@ class TimmViTAdapter(BackboneAdapter):
         return torch.cat(pooled)
 
     def embed_macs(self, height: int, width: int) -> int:
-        embed = copy.deepcopy(self.module.patch_embed).to("meta")
-        channels = getattr(embed, "in_chans", None) or embed.proj.in_channels
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            embed(torch.empty(1, channels, height, width, device="meta"))
-        return counter.get_total_flops() // 2
+        key = (height, width, *self.grid(height, width))  # counted once: every trace asks
+        if key not in self._embed_macs:
+            embed = copy.deepcopy(self.module.patch_embed).to("meta")
+            channels = getattr(embed, "in_chans", None) or embed.proj.in_channels
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                embed(torch.empty(1, channels, height, width, device="meta"))
+            self._embed_macs[key] = counter.get_total_flops() // 2
+        return self._embed_macs[key]
 
     def block_cost(self, block: int) -> BlockCost:
         module = self.module.blocks[block]
@@ -149,10 +155,12 @@ class TimmViTAdapter(BackboneAdapter):
         if module.attn_pool is not None:
             token_wise = _linear_macs(module.attn_pool.kv) if hasattr(module.attn_pool, "kv") else 0
             once = _linear_macs(module.attn_pool) - token_wise
-            queries = getattr(module.attn_pool, "latent_len", tokens)
-            pool = tokens * token_wise + once + 2 * queries * tokens * self.width
+            pooled = tokens if module.pool_include_prefix else tokens - self.prefix
+            queries = getattr(module.attn_pool, "latent_len", pooled)
+            pool = pooled * token_wise + once + 2 * queries * pooled * self.width
         heads = [module.head] + ([module.head_dist] if hasattr(module, "head_dist") else [])
-        return pool + sum(_linear_macs(head) for head in heads)
+        answers = tokens if module.global_pool == "" else 1
+        return pool + answers * sum(_linear_macs(head) for head in heads)
 
     def frozen_parameters(self) -> set[str]:
         stems = ("patch_embed.", "norm_pre.")
@@ -160,22 +168,22 @@ class TimmViTAdapter(BackboneAdapter):
         return {n for n, _ in self.module.named_parameters() if n.startswith(stems) or n in single}
 
 
-def _attentions(block: nn.Module) -> list[nn.Module]:
+def _attentions(block: Any) -> list[Any]:
     if isinstance(block, vit.ParallelThingsBlock):
         return [attention.attn for attention in block.attns]
     return [block.attn] if hasattr(block, "attn") else []
 
 
-def _heads(block: nn.Module) -> int:
+def _heads(block: Any) -> int:
     return next((attention.num_heads for attention in _attentions(block)), getattr(block, "num_heads", 1))
 
 
-def _mlp(mlp: nn.Module, x_TD: Tensor) -> Tensor:
+def _mlp(mlp: Any, x_TD: Tensor) -> Tensor:
     """Feed-forward layers are token-wise, but some of timm's expect a batch axis."""
     return mlp(x_TD[None]).squeeze(0)
 
 
-def _drop_path(module: nn.Module, x_TD: Tensor, tokens: PackedTokens) -> Tensor:
+def _drop_path(module: Any, x_TD: Tensor, tokens: PackedTokens) -> Tensor:
     if isinstance(module, DropPath):
         if module.training and module.drop_prob > 0:
             return drop_path_per_image(x_TD, module.drop_prob, tokens.layout, module.scale_by_keep)
@@ -190,11 +198,11 @@ def _drop_patches(patch_drop: PatchDropout, x_BSD: Tensor, prefix: int) -> tuple
     return x_BSD.gather(1, row_BS[..., None].expand(-1, -1, x_BSD.shape[2])), row_BS[:, prefix:] - prefix
 
 
-def _rate(dropout: nn.Module) -> float:
+def _rate(dropout: Any) -> float:
     return dropout.p if dropout.training else 0.0
 
 
-def _attention(module: nn.Module, x_TD: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+def _attention(module: Any, x_TD: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
     if isinstance(module, DiffAttention):
         return _diff_attention(module, x_TD, tokens)
     gate = module.gate(x_TD).sigmoid() if getattr(module, "gate", None) is not None else None
@@ -207,7 +215,7 @@ def _attention(module: nn.Module, x_TD: Tensor, tokens: PackedTokens) -> tuple[T
     return module.proj_drop(module.proj(out)), k
 
 
-def _differential(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens) -> Tensor:
+def _differential(module: Any, q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens) -> Tensor:
     """Two softmax maps per head and their weighted difference (Ye et al. 2024, "Differential Transformer")."""
     q, k = module.q_norm(q).unflatten(1, (-1, 2)), module.k_norm(k).unflatten(1, (-1, 2))
     rate = module.attn_drop_p if module.training else 0.0
@@ -216,7 +224,7 @@ def _differential(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, tokens: Pa
     return (module.sub_norm(out) * (1 - module.lambda_init)).flatten(1)
 
 
-def _diff_attention(module: DiffAttention, x_TD: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+def _diff_attention(module: Any, x_TD: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
     q, k, v = module.qkv(x_TD).chunk(3, dim=-1)
     q, k = (y.reshape(x_TD.shape[0], 2 * module.num_heads, module.head_dim) for y in (q, k))
     v = v.reshape(x_TD.shape[0], module.num_heads, 2 * module.head_dim)
@@ -224,7 +232,7 @@ def _diff_attention(module: DiffAttention, x_TD: Tensor, tokens: PackedTokens) -
     return module.proj_drop(module.proj(out)), module.k_norm(k)
 
 
-def _parallel_attentions(module: vit.ParallelThingsBlock, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+def _parallel_attentions(module: Any, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
     deltas, keys = [], []
     for branch in module.attns:
         delta, key = _attention(branch.attn, branch.norm(tokens.x_TD), tokens)
@@ -233,7 +241,7 @@ def _parallel_attentions(module: vit.ParallelThingsBlock, tokens: PackedTokens) 
     return torch.stack(deltas).sum(0), torch.cat(keys, dim=1)
 
 
-def _one_step(module: nn.Module, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+def _one_step(module: Any, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
     """Blocks whose attention and feed-forward network share one projection (ViT-22B)."""
     x_mlp, q, k, v = module.in_proj(module.in_norm(tokens.x_TD)).split(module.in_split, dim=-1)
     if module.mlp_bias is not None:
@@ -254,12 +262,12 @@ def _one_step(module: nn.Module, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
     return _drop_path(module.drop_path, module.ls(y), tokens), keys
 
 
-def _linear_macs(module: nn.Module) -> int:
+def _linear_macs(module: Any) -> int:
     """Multiply-adds per token of all linear layers inside a module."""
     return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def _pair_macs(module: nn.Module) -> int:
+def _pair_macs(module: Any) -> int:
     """Multiply-adds per pair of tokens: q k^T and weights v."""
     width = module.num_heads * module.head_dim
     return 4 * width + 2 * width if hasattr(module, "sub_norm") else 2 * width

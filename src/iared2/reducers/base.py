@@ -45,9 +45,11 @@ class Reducer(nn.Module, ABC):
 
     Attributes:
         wants_keys: whether `forward` needs the previous block's attention keys.
+        merges: whether dropped patches live on in kept ones.
     """
 
     wants_keys: bool = False
+    merges: bool = False
 
     @abstractmethod
     def forward(self, tokens: PackedTokens, key_THK: Float[Tensor, "T H K"] | None) -> Reduction:

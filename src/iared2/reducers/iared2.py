@@ -25,6 +25,10 @@ class InterpreterReducer(Reducer):
 
     @property
     def wants_keys(self) -> bool:  # type: ignore[override]
+        return self.merges
+
+    @property
+    def merges(self) -> bool:  # type: ignore[override]
         return self.on_drop == "merge"
 
     def forward(self, tokens: PackedTokens, key_THK: Float[Tensor, "T H K"] | None) -> Reduction:
@@ -37,5 +41,5 @@ class InterpreterReducer(Reducer):
         return Reduction(tokens.layout, score_T, chosen, hand_over(tokens, chosen, self.on_drop, features))
 
     def macs(self, entering: int, kept: int) -> int:
-        matching = matching_macs(entering - kept, kept, self.interpreter.width) if self.on_drop == "merge" else 0
+        matching = matching_macs(entering - kept, kept, self.interpreter.width) if self.merges else 0
         return self.interpreter.macs(entering) + matching

@@ -108,21 +108,29 @@ class Gallery:
         names = dict(zip(paths, files.unique_names(paths), strict=True))
         side = page.thumbnail_side(len(paths))
         with ThreadPoolExecutor(max(1, self.settings.workers)) as pool:
-            readable = self._readable(_read_ahead(paths, pool, self.settings.workers), outcome, done)
-            for batch in _batches(readable, self.settings.batch_size):
-                if not outcome.photos:
-                    with suppress(OSError):  # a manifest promises a finished run
-                        (self.output / "manifest.json").unlink(missing_ok=True)
-                explanations, speed = self._look(batch, outcome)
-                drawn = [pool.submit(self._draw, p, names[p.path], e, speed, side) for p, e in zip(batch, explanations, strict=True)]
-                _collect(drawn, outcome)
-                for picture in batch:
-                    done(picture.path)
-                if outcome.stopped:
-                    break
+            try:
+                readable = self._readable(_read_ahead(paths, pool, self.settings.workers), outcome, done)
+                for batch in _batches(readable, self.settings.batch_size):
+                    self._clear_manifest(outcome)
+                    explanations, speed = self._look(batch, outcome)
+                    drawn = [pool.submit(self._draw, p, names[p.path], e, speed, side) for p, e in zip(batch, explanations, strict=True)]
+                    _collect(drawn, outcome)
+                    for picture in batch:
+                        done(picture.path)
+                    if outcome.stopped:
+                        break
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)  # what is being drawn is finished, the rest is not begun
+                raise
         if outcome.photos:
             self._finish(outcome)
         return outcome
+
+    def _clear_manifest(self, outcome: Outcome) -> None:
+        """Before the first photo is written: a manifest promises a finished run."""
+        if not outcome.photos:
+            with suppress(OSError):
+                (self.output / "manifest.json").unlink(missing_ok=True)
 
     def _readable(self, reads: Iterable[Picture | Failure], outcome: Outcome, done: Callable[[Path], None]) -> Iterator[Picture]:
         for read in reads:

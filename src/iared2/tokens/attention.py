@@ -11,6 +11,8 @@ Mass enters as log(mass) added to the scores of a key (ToMe, "proportional atten
 kernel takes no bias, so there the bias rides in one extra channel of q (one) and k (log(mass) / scale).
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -95,8 +97,8 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, offsets: l
     pieces = []
     for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
         bias = None if bias_T is None else bias_T[start:stop].view(1, 1, 1, -1)
-        one = [x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
-        piece = _fused(*one, bias, dropout).squeeze(0).transpose(0, 1)
+        q1, k1, v1 = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        piece = _fused(q1, k1, v1, bias, dropout).squeeze(0).transpose(0, 1)
         if out is None:
             pieces.append(piece)
         else:
@@ -120,7 +122,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, layout: Layo
     one = None if bias_T is None else q.new_ones(1, 1, 1)
     bias = None if bias_T is None else (bias_T / scale)[:, None, None]
     cu = layout.cu_B1
-    out = varlen_attn(widened(q, one), widened(k, bias), widened(v, None), cu, cu, layout.longest, layout.longest, scale=scale)
+    out: Any = varlen_attn(widened(q, one), widened(k, bias), widened(v, None), cu, cu, layout.longest, layout.longest, scale=scale)
     return out[..., :out_width]
 
 
@@ -173,11 +175,11 @@ def _segments_backward_shape(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _remember(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's signature
+def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradients(ctx, grad):  # noqa: ANN001, ANN202 - torch's signature
+def _gradients(ctx: Any, grad: Tensor) -> tuple:
     return (*torch.ops.iared2.segments_backward(grad.contiguous(), *ctx.saved_tensors), None, None)
 
 

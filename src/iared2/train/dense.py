@@ -1,10 +1,12 @@
 """Training a dense ViT from scratch, by labels and, if given, by a teacher's logits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iared2.train.trainer import Task
+from iared2.train.trainer import Batches, Task
 
 
 class DenseTask(Task):
@@ -19,7 +21,7 @@ class DenseTask(Task):
         patch_drop: share of patches dropped at random in each epoch; the last value holds for later ones.
     """
 
-    def __init__(self, model: nn.Module, smoothing: float, weight: float, temperature: float, patch_drop: tuple[float, ...]) -> None:
+    def __init__(self, model: Any, smoothing: float, weight: float, temperature: float, patch_drop: tuple[float, ...]) -> None:
         super().__init__()
         self.model = model
         self.smoothing, self.weight, self.temperature = smoothing, weight, temperature
@@ -48,7 +50,7 @@ class DenseTask(Task):
 
 
 @torch.inference_mode()
-def held_out_accuracy(model: nn.Module, batches, device: torch.device) -> dict[str, float]:  # noqa: ANN001
+def held_out_accuracy(model: nn.Module, batches: Batches, device: torch.device) -> dict[str, float]:
     """Top-1 in percent over evaluation batches."""
     model.eval()
     right = count = 0

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from iared2.model import ReducedTransformer
+from iared2.model import ReducedTransformer, State
 from iared2.train.trainer import Batches
 
 
@@ -26,7 +26,7 @@ def held_out(model: ReducedTransformer, batches: Batches, groups: int, device: t
         for group, reduction in enumerate(state.reductions):
             row[f"keep_ratio_{group + 1}"] = reduction.kept_B.sum() / reduction.before.places
         if len(state.reductions) == len(model.reducers):
-            trace = model.make_trace(state.reductions, tuple(images.shape[-2:]))
+            trace = model.make_trace(state.reductions, (images.shape[-2], images.shape[-1]))
             row["macs_share"] = torch.tensor(trace.share_of_dense() * len(labels))
         for name, value in row.items():
             sums[name] = sums.get(name, 0.0) + float(value)
@@ -34,6 +34,6 @@ def held_out(model: ReducedTransformer, batches: Batches, groups: int, device: t
     return {name: value / count for name, value in sums.items()}
 
 
-def _logits(model: ReducedTransformer, images: Tensor, groups: int):  # noqa: ANN202 - logits and a State
+def _logits(model: ReducedTransformer, images: Tensor, groups: int) -> tuple[Tensor, State]:
     state = model.walk(model.start(images), model.adapter.depth, reduce=range(groups))
     return model.adapter.head(state.tokens), state

@@ -2,10 +2,10 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
-from torch import nn
 
 from iared2.data.arrays import ImageArrays, Preprocess
 from iared2.data.batches import make_batches, to_arrays
@@ -28,7 +28,7 @@ class Feeds:
     held_out: Batches | None
 
 
-def open_feeds(recipe: Recipe, backbone: nn.Module, workers: int) -> Feeds:
+def open_feeds(recipe: Recipe, backbone: Any, workers: int) -> Feeds:
     """Opens a recipe's data for a backbone, whose class ids and preprocessing it takes.
 
     Raises:
@@ -65,7 +65,7 @@ def _hold_out(data: Data, settings: DataSettings, classes: list[str] | None, how
             raise ConfigError(f"data.held_out: cannot take {settings.held_out} pictures away from {settings.train}; name data.val instead")
         order = torch.randperm(len(data), generator=generator(0)).tolist()
         return data.select(sorted(order[: settings.held_out])), data.select(sorted(order[settings.held_out :]))
-    source = settings.val if settings.val is not None else settings.train
+    source = settings.val or settings.train or ""
     if source == settings.train and settings.val_split == settings.train_split:
         return None, data
     found = open_data(source, settings.val_split, classes)

@@ -5,6 +5,7 @@ import logging
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -68,7 +69,7 @@ class StageLog:
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._bar = self._progress.add_task(stage, total=total, completed=start, rate=0.0)
 
-    def __enter__(self) -> "StageLog":
+    def __enter__(self) -> Self:
         if self.main:
             self._progress.start()
         return self
@@ -86,8 +87,8 @@ class StageLog:
         if not self.main:
             return
         for name, value in logs.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            scalar = value.detach().float()
+            self._sums[name] = self._sums[name] + scalar if name in self._sums else scalar
         self._count += 1
         self._images += images
         if step % every and step != self.total:
@@ -118,7 +119,7 @@ class StageLog:
                 self._board.add_scalar(f"{self.stage}/{name}", value, step)
 
 
-def _tensorboard(folder: Path, start: int):  # noqa: ANN202 - the type lives in an optional extra
+def _tensorboard(folder: Path, start: int) -> Any:  # the type lives in an optional extra
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

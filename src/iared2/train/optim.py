@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -45,10 +45,11 @@ def schedule_factor(settings: OptimSettings, step: int, total: int) -> float:
 
 def build_optimizer(module: nn.Module, settings: OptimSettings, global_batch: int) -> torch.optim.Optimizer:
     """A timm optimiser over the parameters of `module` that require gradients; each group remembers its peak rate."""
-    if settings.optimizer not in list_optimizers():
-        raise ConfigError(unknown_key(settings.optimizer, list_optimizers()).replace("setting", "optimizer"))
+    known = [str(name) for name in list_optimizers()]
+    if settings.optimizer not in known:
+        raise ConfigError(unknown_key(settings.optimizer, known).replace("setting", "optimizer"))
     lr = settings.lr * global_batch / settings.lr_batch
-    kwargs = {} if settings.optimizer == "sgd" else {"betas": settings.betas}
+    kwargs: dict[str, Any] = {} if settings.optimizer == "sgd" else {"betas": settings.betas}
     optimizer = create_optimizer_v2(module, opt=settings.optimizer, lr=lr, weight_decay=settings.weight_decay, **kwargs)
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]

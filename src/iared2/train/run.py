@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 from accelerate import Accelerator
@@ -25,7 +26,7 @@ from iared2.train.feeds import Feeds, open_feeds
 from iared2.train.recipes import Recipe, ReductionSettings, find_recipe
 from iared2.train.tasks import BlocksTask, InterpreterTask
 from iared2.train.teacher import with_teacher
-from iared2.train.trainer import RunSettings, Stage, Trainer
+from iared2.train.trainer import RunSettings, Stage, Task, Trainer
 from iared2.train.warm_start import WarmStartTask
 
 logger = logging.getLogger("iared2.train")
@@ -144,6 +145,7 @@ def _train_reduction(recipe: Recipe, backbone: nn.Module, feeds: Feeds, run: Run
 
 def build_stage(plan: StagePlan, model: ReducedTransformer, settings: ReductionSettings, feeds: Feeds, accelerator: Accelerator) -> Stage:
     """One stage of the curriculum with its task, optimiser and held-out figures."""
+    task: Task
     if plan.kind == "warm_start":
         task, optim = WarmStartTask(model, plan.group, settings.warm_start_ratios[plan.group], settings.cache_prefix), settings.warm_start_optim
     elif plan.kind == "interpreter":
@@ -167,7 +169,7 @@ def separate_attention(backbone: nn.Module) -> Iterator[None]:
 
     On CPU the fused kernel's backward takes longer than everything else in a small ViT together.
     """
-    fused = [module for module in backbone.modules() if getattr(module, "fused_attn", False)]
+    fused: list[Any] = [module for module in backbone.modules() if getattr(module, "fused_attn", False)]
     for module in fused:
         module.fused_attn = False
     try:

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from iared2.keep import Sampled, Threshold
 from iared2.model import ReducedTransformer, State
 from iared2.reducers.base import Reduction
+from iared2.reducers.iared2 import InterpreterReducer
 from iared2.reward import RewardConfig, entropy, log_probability, policy_gradient_loss, reward
-from iared2.tokens.packed import join, split
+from iared2.tokens.packed import Layout, join, split
 from iared2.train.trainer import Task
 
 
@@ -26,7 +27,7 @@ class GroupTask(Task):
         self._goals: dict[int, Tensor] = {}
 
     @property
-    def reducer(self):  # noqa: ANN201 - an InterpreterReducer; nn.ModuleList is untyped
+    def reducer(self) -> InterpreterReducer:
         return self.model.reducers[self.group]
 
     def frozen_prefix(self, batch: dict[str, Tensor]) -> State:
@@ -114,7 +115,7 @@ class InterpreterTask(GroupTask):
         return reward(correct_B, reduction.kept_B, patches_B, self.config)
 
     @staticmethod
-    def _per_image(value_T: Tensor, layout) -> Tensor:  # noqa: ANN001 - Layout
+    def _per_image(value_T: Tensor, layout: Layout) -> Tensor:
         """Sums over an image's patch rows: prefix rows are not decisions."""
         patch_T = torch.where(layout.is_patch_T, value_T, 0.0)
         return patch_T.new_zeros(layout.images).index_add(0, layout.image_T, patch_T)

@@ -5,12 +5,13 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from iared2.data.arrays import ImageArrays, Preprocess, plain_batch
 from iared2.errors import ConfigError
@@ -38,7 +39,7 @@ def _cached(cache: Path, key: str) -> Tensor | None:
         return stream.get_tensor("logits") if (stream.metadata() or {}).get("key") == key else None
 
 
-def build_teacher(settings: TeacherSettings) -> nn.Module:
+def build_teacher(settings: TeacherSettings) -> Any:
     """The teacher at its own input size, in eval mode."""
     if settings.weights is None:
         return pretrained_backbone(settings.model, dynamic_img_size=True).eval()

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -24,10 +24,12 @@ from iared2.train.optim import OptimSettings, build_optimizer, schedule_factor, 
 logger = logging.getLogger("iared2.train")
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Where batches come from; every method is a pure function of its arguments."""
 
-    batch_size: int
+    @property
+    def batch_size(self) -> int: ...
 
     def steps(self, world: int = 1) -> int: ...
 

@@ -1,0 +1,1 @@
+"""Layer 6: tasks, the trainer, and recipes."""
