@@ -7,13 +7,15 @@ ones, 1e-6) would hide what an adapter leaves out.
 from dataclasses import dataclass, field
 from typing import Any
 
+import iared2  # noqa: F401 - first: makes timm importable beside a CPU-only torch
+
+# isort: split
 import timm.models.vision_transformer as vit
 import torch
 from timm.layers import DiffAttention, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-import iared2  # noqa: F401 - first: makes timm importable beside a CPU-only torch
 from iared2.backbones.mini import iared2_mini_patch8_64
 
 DEPTH, WIDTH, CLASSES = 4, 32, 5

@@ -10,13 +10,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import iared2  # first: makes timm importable beside a CPU-only torch
+
+# isort: split
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 
-import iared2
 from iared2 import assets, cli
 from iared2.saving import save_reduced
 

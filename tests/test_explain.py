@@ -6,13 +6,15 @@ import socket
 from html.parser import HTMLParser
 from pathlib import Path
 
+import iared2  # first: makes timm importable beside a CPU-only torch
+
+# isort: split
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 
-import iared2
 from iared2.data.pictures import Failure
 from iared2.explain import class_names, explain, interpreter_maps, measure
 from iared2.report import colours, files, page, pictures
