@@ -15,6 +15,11 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Imports the package before any test imports timm (see iared2/_compat.py), and after the shape checks are switched on."""
+    import iared2  # noqa: F401
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)

@@ -7,9 +7,6 @@ ones, 1e-6) would hide what an adapter leaves out.
 from dataclasses import dataclass, field
 from typing import Any
 
-import iared2  # noqa: F401 - first: makes timm importable beside a CPU-only torch
-
-# isort: split
 import timm.models.vision_transformer as vit
 import torch
 from timm.layers import DiffAttention, SwiGLUPacked
@@ -60,7 +57,14 @@ def randomised(model: nn.Module) -> nn.Module:
     return model
 
 
-DINO = {"reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5, "dynamic_img_size": True, "mlp_layer": SwiGLUPacked, "mlp_ratio": 5.3334}
+DINO = {
+    "reg_tokens": 4,
+    "no_embed_class": True,
+    "init_values": 1e-5,
+    "dynamic_img_size": True,
+    "mlp_layer": SwiGLUPacked,
+    "mlp_ratio": 5.3334,
+}
 
 FAMILIES: dict[str, Family] = {
     "deit": Family(),

@@ -38,7 +38,9 @@ def reward(correct: bool, kept: int, patches: int, tau: float, power: int) -> fl
 
 def policy_gradient(score_N: Tensor, u: list[int], advantage: float) -> Tensor:
     """Eq. 3 for one draw: A grad_I sum_i log(I_i u_i + (1 - I_i)(1 - u_i)), by hand."""
-    return torch.tensor([advantage * (1 / p if kept else -1 / (1 - p)) for p, kept in zip(score_N.tolist(), u, strict=True)], dtype=score_N.dtype)
+    return torch.tensor(
+        [advantage * (1 / p if kept else -1 / (1 - p)) for p, kept in zip(score_N.tolist(), u, strict=True)], dtype=score_N.dtype
+    )
 
 
 def attention(q_THK: Tensor, k_THK: Tensor, v_THV: Tensor, lengths: list[int], mass_T: Tensor | None) -> Tensor:
@@ -128,7 +130,9 @@ class Image:
         return [c - self.prefix if c >= 0 else -1 for c in self.carrier[self.prefix :]]
 
 
-def masked_dense(module: nn.Module, images: Tensor, plan: Mapping[int, Tensor], how: str) -> tuple[Tensor, list[list[int]], list[list[float]]]:
+def masked_dense(
+    module: nn.Module, images: Tensor, plan: Mapping[int, Tensor], how: str
+) -> tuple[Tensor, list[list[int]], list[list[float]]]:
     """The untouched model run on all tokens, dropped ones masked out from their drop on.
 
     Args:

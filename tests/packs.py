@@ -24,7 +24,9 @@ def make_layout(kept: list[list[int]], prefix: int, grid: tuple[int, ...] = GRID
     )
 
 
-def make_pack(kept: list[list[int]], prefix: int = 1, width: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0, uniform: bool = False) -> PackedTokens:
+def make_pack(
+    kept: list[list[int]], prefix: int = 1, width: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0, uniform: bool = False
+) -> PackedTokens:
     """A pack of random tokens at the given places; all other places are gone."""
     layout = make_layout(kept, prefix, uniform=uniform)
     x_TD = torch.randn(len(layout.image_T), width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)

@@ -28,7 +28,9 @@ LENGTHS = {
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-def tensors(lengths: list[int], dtype: torch.dtype, with_mass: bool, seed: int, heads: int = 3, value_width: int = 8) -> list[Tensor | None]:
+def tensors(
+    lengths: list[int], dtype: torch.dtype, with_mass: bool, seed: int, heads: int = 3, value_width: int = 8
+) -> list[Tensor | None]:
     """q, k, v, the gradient that comes back, and masses, rounded to `dtype` so that all see the same numbers."""
     draw, total = torch.Generator().manual_seed(seed), sum(lengths)
     widths = (8, 8, value_width, value_width)

@@ -80,7 +80,7 @@ def test_any_drop_pattern_is_the_masked_dense_model(family: Family, how: str):
 def test_gradients_are_those_of_the_masked_dense_model(family: Family, how: str):
     backbone, images = family.build().double(), family.images(2).double()
     plan = random_plan(backbone, images, seed=3, blocks=(1, 2))
-    parameters = {n: p for n, p in backbone.named_parameters()}
+    parameters = dict(backbone.named_parameters())
 
     def gradients(logits: Tensor) -> dict[str, Tensor]:
         back = torch.randn(logits.shape, dtype=logits.dtype, generator=torch.Generator().manual_seed(0))

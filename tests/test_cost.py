@@ -82,7 +82,9 @@ def shortened(model: ReducedTransformer, kept: tuple[int, ...]):
     return run
 
 
-@pytest.mark.parametrize("name", ["deit", "deit_distilled", "dinov2_reg", "siglip", "prr", "diff_attention", "parallel_scaling", "parallel_things"])
+@pytest.mark.parametrize(
+    "name", ["deit", "deit_distilled", "dinov2_reg", "siglip", "prr", "diff_attention", "parallel_scaling", "parallel_things"]
+)
 @pytest.mark.parametrize("policy", ["learned", "class"])
 def test_reduced_models_cost_what_runs(name, policy):
     family = FAMILIES[name]
@@ -101,7 +103,9 @@ def test_reduced_models_cost_what_runs(name, policy):
 
 
 def test_merging_pays_for_the_matching():
-    discard, merge = (reduce(FAMILIES["deit"].build(), 2, rule="top_k", ratios=(0.75, 0.5), on_drop=how).eval() for how in ("discard", "merge"))
+    discard, merge = (
+        reduce(FAMILIES["deit"].build(), 2, rule="top_k", ratios=(0.75, 0.5), on_drop=how).eval() for how in ("discard", "merge")
+    )
     images = FAMILIES["deit"].images(1)
     extra = merge.trace(images)[1].macs[0] - discard.trace(images)[1].macs[0]
     assert extra == (4 * 12 * 32 + 16 * 32) + (4 * 8 * 32 + 12 * 32)
@@ -109,7 +113,9 @@ def test_merging_pays_for_the_matching():
 
 def test_an_attention_pool_over_merged_tokens_pays_for_every_patch():
     """Merged tokens are un-merged before the pool, so its keys and values are computed for all of them."""
-    discard, merge = (reduce(FAMILIES["siglip"].build(), (2,), rule="top_k", ratios=(0.5,), on_drop=how).eval() for how in ("discard", "merge"))
+    discard, merge = (
+        reduce(FAMILIES["siglip"].build(), (2,), rule="top_k", ratios=(0.5,), on_drop=how).eval() for how in ("discard", "merge")
+    )
     images = FAMILIES["siglip"].images(1)
     matching = 8 * 8 * 32 + 16 * 32
     pooled = 8 * (2 * 32 * 32 + 2 * 32)  # keys, values, and two products with one query for the 8 patches that are back

@@ -71,7 +71,13 @@ def test_top_k_keeps_a_share_of_the_grid_in_each_image(kept, prefix, ratio, seed
     assert kept_patches(TopK(ratio), score_T, layout) == [best(rows, score_T, k) for rows in patches(layout)]
 
 
-@given(images=st.integers(1, 4), left=st.sets(st.integers(0, PLACES - 1), min_size=1).map(sorted), prefix=PREFIX, ratio=st.floats(0.01, 1), seed=packs.seeds)
+@given(
+    images=st.integers(1, 4),
+    left=st.sets(st.integers(0, PLACES - 1), min_size=1).map(sorted),
+    prefix=PREFIX,
+    ratio=st.floats(0.01, 1),
+    seed=packs.seeds,
+)
 def test_uniform_and_ragged_top_k_agree(images, left, prefix, ratio, seed):
     uniform, ragged = (make_layout([left] * images, prefix, uniform=u) for u in (True, False))
     score_T = scores(uniform, seed)
@@ -142,7 +148,9 @@ def test_a_ratio_is_a_share(rule, ratio):
         rule(ratio)
 
 
-@pytest.mark.parametrize(("ratio", "count", "wanted"), [(0.1, 30, 3), (0.7, 10, 7), (0.3, 10, 3), (0.31, 10, 4), (1, 196, 196), (1e-6, 196, 1)])
+@pytest.mark.parametrize(
+    ("ratio", "count", "wanted"), [(0.1, 30, 3), (0.7, 10, 7), (0.3, 10, 3), (0.31, 10, 4), (1, 196, 196), (1e-6, 196, 1)]
+)
 def test_shares_are_rounded_up_whatever_floating_point_says(ratio, count, wanted):
     assert share_of(ratio, count) == wanted
 

@@ -19,7 +19,11 @@ PATCHES, HEADS, TAU = 6, 2, 1.5
 
 
 @given(
-    correct=st.booleans(), patches=st.integers(1, 196), data=st.data(), tau=st.sampled_from([0.5, 1.0, 1.5]), shape=st.sampled_from(["square", "linear"])
+    correct=st.booleans(),
+    patches=st.integers(1, 196),
+    data=st.data(),
+    tau=st.sampled_from([0.5, 1.0, 1.5]),
+    shape=st.sampled_from(["square", "linear"]),
 )
 def test_equation_2(correct, patches, data, tau, shape):
     kept = data.draw(st.integers(0, patches))
@@ -79,15 +83,17 @@ class Enumeration:
         for u, keep_N in enumerate(self.keeps):
             log_p = log_probability(self.scores(), keep_N).sum()[None]
             loss = policy_gradient_loss(log_p, self.reward_U[u : u + 1] - baseline)
-            for sum_, gradient in zip(total, torch.autograd.grad(loss, self.values, allow_unused=True), strict=True):
+            for number, gradient in enumerate(torch.autograd.grad(loss, self.values, allow_unused=True)):
                 if gradient is not None:
-                    sum_ -= probability_U[u] * gradient  # the loss descends where J ascends
+                    total[number] -= probability_U[u] * gradient  # the loss descends where J ascends
         return total
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", ["square", "linear"])
-@pytest.mark.parametrize("config", [InterpreterConfig(), InterpreterConfig.paper(), InterpreterConfig(policy="class")], ids=["ours", "paper", "class"])
+@pytest.mark.parametrize(
+    "config", [InterpreterConfig(), InterpreterConfig.paper(), InterpreterConfig(policy="class")], ids=["ours", "paper", "class"]
+)
 def test_the_estimators_expectation_is_the_gradient_of_the_expected_reward(seed, shape, config):
     world = Enumeration(seed, shape, config)
     wanted = world.exact()

@@ -99,7 +99,8 @@ class ReducedTransformer(nn.Module, ModelHubMixin):
         self.adapter = adapt(backbone)
         self.backbone = backbone
         if config.first_blocks[-1] >= self.adapter.depth:
-            raise ConfigError(f"first_blocks: got block {config.first_blocks[-1]}, but the backbone has blocks 0 to {self.adapter.depth - 1}")
+            last = self.adapter.depth - 1
+            raise ConfigError(f"first_blocks: got block {config.first_blocks[-1]}, but the backbone has blocks 0 to {last}")
         if config.interpreter.policy == "class" and not self.adapter.has_class_token:
             raise ConfigError("interpreter: policy='class' needs a class token, which this backbone lacks; use policy='learned'")
         heads = config.interpreter.heads or self.adapter.heads
@@ -230,7 +231,7 @@ class ReducedTransformer(nn.Module, ModelHubMixin):
         last = depth if indices is None else indices
         chosen = range(depth - last, depth) if isinstance(last, int) else [i + depth if i < 0 else i for i in last]
         if not chosen or min(chosen) < 0 or max(chosen) >= depth:
-            raise ConfigError(f"indices: got {indices}, but the backbone has blocks 0 to {depth - 1}; give block numbers, or how many of the last")
+            raise ConfigError(f"indices: got {indices}, wanted blocks of 0 to {depth - 1}, or how many of the last")
         state, found = self.start(images), []
         for block in range(depth):
             state = self.walk(state, block + 1)
@@ -332,6 +333,7 @@ def _alive(tokens: PackedTokens) -> Float[Tensor, "B S 1"]:
 
 
 def _fingerprint(module: nn.Module) -> tuple[tuple[str, float, float], ...]:
-    """Cheap figures per parameter that any training step changes (a classifier's gradients add up to zero, their squares do not)."""
+    """Cheap figures per parameter that any training step changes. Sums alone may not: a classifier's gradients add up to zero."""
     with torch.no_grad():
-        return tuple((name, float(p.double().sum()), float(p.double().square().sum())) for name, p in module.named_parameters() if p.device.type != "meta")
+        values = ((name, p.double()) for name, p in module.named_parameters() if p.device.type != "meta")
+        return tuple((name, float(x.sum()), float(x.square().sum())) for name, x in values)

@@ -146,7 +146,7 @@ def mini_dense() -> Recipe:
     Expected: see the embedded model's card.
     Command: iared2 train mini_dense --data TINY_IMAGENET_FOLDER --dense.teacher.weights=DEIT_TINY_FILE --output runs/mini_dense
     """
-    dense = DenseSettings(epochs=4, patch_drop=(0.5, 0.5, 0.4, 0.15), teacher=TeacherSettings())
+    dense = DenseSettings(epochs=4, patch_drop=(0.5, 0.5, 0.4, 0.25), teacher=TeacherSettings())
     return Recipe(
         name="mini_dense",
         backbone=BackboneSettings(model="iared2_mini_patch8_64"),
