@@ -30,9 +30,10 @@ def variants(work: workload.Workload) -> dict[str, tuple[Callable[[], Any], floa
     """What to time: a function and its share of the dense MACs."""
     chosen: dict[str, tuple[Callable[[], Any], float]] = {"dense": (lambda: work.dense(work.images), 1.0)}
     for on_drop in ("discard", "merge"):
-        chosen[on_drop] = (lambda how=on_drop: work.use(how).reduced(work.images), work.use(on_drop).share)
+        share = work.use(on_drop).share
+        chosen[on_drop] = (lambda how=on_drop: (work.use_only(how), work.reduced(work.images)), share)
         if work.images.shape[0] == 1:
-            chosen[f"{on_drop}, trace"] = (lambda how=on_drop: work.use(how).reduced.trace(work.images)[1].heatmap(1), work.use(on_drop).share)
+            chosen[f"{on_drop}, trace"] = (lambda how=on_drop: (work.use_only(how), work.reduced.trace(work.images)[1].heatmap(1)), share)
     return chosen
 
 

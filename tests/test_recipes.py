@@ -68,7 +68,10 @@ def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
 
 def test_values_parse_as_json_and_else_as_text() -> None:
     assert parse_overrides(["a.b=1e-3", "--c=null", "d=name", "--e", "[1]"]) == [
-        ("a.b", 1e-3), ("c", None), ("d", "name"), ("e", [1]),
+        ("a.b", 1e-3),
+        ("c", None),
+        ("d", "name"),
+        ("e", [1]),
     ]
 
 
@@ -84,8 +87,14 @@ def pictures(tmp_path: Path) -> Path:
 
 ARGUMENTS = {"img_size": 32, "patch_size": 8, "num_classes": 2}
 RUN = [
-    f"backbone.arguments={json.dumps(ARGUMENTS)}", "backbone.model=test_vit", "reduction.groups=2", "reduction.interpreter_epochs=1",
-    "reduction.block_epochs=1", "data.batch_size=4", "data.held_out=4", "reduction.on_drop=merge",
+    f"backbone.arguments={json.dumps(ARGUMENTS)}",
+    "backbone.model=test_vit",
+    "reduction.groups=2",
+    "reduction.interpreter_epochs=1",
+    "reduction.block_epochs=1",
+    "data.batch_size=4",
+    "data.held_out=4",
+    "reduction.on_drop=merge",
 ]
 
 
@@ -102,7 +111,9 @@ def test_a_recipe_runs_from_folder_to_model(pictures: Path, tmp_path: Path, in_m
     assert (out / "model" / "backbone.safetensors").is_file(), "blocks were fine-tuned, so they must be saved"
     logits, trace = model.trace(torch.rand(2, 3, 32, 32))
     assert logits.shape == (2, 2) and trace.groups == 2
-    assert {path.name for path in (out / "reduction" / "logs").glob("*-?.csv")} == {f"{k}-{g}.csv" for k in ("interpreter", "blocks") for g in (1, 2)}
+    assert {path.name for path in (out / "reduction" / "logs").glob("*-?.csv")} == {
+        f"{k}-{g}.csv" for k in ("interpreter", "blocks") for g in (1, 2)
+    }
 
 
 def test_a_dense_vit_trains_from_scratch_and_is_reduced_in_one_recipe(pictures: Path, tmp_path: Path) -> None:

@@ -245,7 +245,12 @@ def test_a_half_written_checkpoint_is_never_taken(tmp_path: Path) -> None:
 
 def test_curriculum_is_algorithm_1() -> None:
     assert [plan.name for plan in algorithm_1(3, 10, 20)] == [
-        "interpreter-1", "blocks-1", "interpreter-2", "blocks-2", "interpreter-3", "blocks-3",
+        "interpreter-1",
+        "blocks-1",
+        "interpreter-2",
+        "blocks-2",
+        "interpreter-3",
+        "blocks-3",
     ]
     assert sum(plan.epochs for plan in algorithm_1(3, 10, 20)) == 90
     assert {plan.kind for plan in algorithm_1(3, 10, 0)} == {"interpreter"}

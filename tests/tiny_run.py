@@ -43,10 +43,20 @@ def tiny_feeds(batch_size: int = 8) -> Feeds:
 
 def tiny_recipe(**reduction) -> Recipe:
     settings = dict(
-        groups=2, interpreter_epochs=2, block_epochs=1, warm_start_epochs=1, warm_start_ratios=(0.8, 0.5),
-        interpreter_optim={"lr": 1e-2, "lr_batch": 8}, block_optim={"lr": 1e-3, "lr_batch": 8},
+        groups=2,
+        interpreter_epochs=2,
+        block_epochs=1,
+        warm_start_epochs=1,
+        warm_start_ratios=(0.8, 0.5),
+        interpreter_optim={"lr": 1e-2, "lr_batch": 8},
+        block_optim={"lr": 1e-3, "lr_batch": 8},
     )
-    return Recipe(name="tiny", backbone=BackboneSettings(model="none"), data=DataSettings(flip=False, min_scale=1), reduction=ReductionSettings(**{**settings, **reduction}))
+    return Recipe(
+        name="tiny",
+        backbone=BackboneSettings(model="none"),
+        data=DataSettings(flip=False, min_scale=1),
+        reduction=ReductionSettings(**{**settings, **reduction}),
+    )
 
 
 def tiny_stages(model: ReducedTransformer, recipe: Recipe, accelerator: Accelerator) -> list[Stage]:

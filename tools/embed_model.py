@@ -50,13 +50,21 @@ def main() -> None:
     if reports:
         config = json.loads((folder / "config.json").read_text())
         dense, reduced = reports[0]["rows"][:2]
-        config["metrics"] = {key: {"dense": dense[key], "reduced": reduced[key]} for key in ("top1", "top5", "macs", "keep_ratio")}
+        config["metrics"] = {
+            "top1": reduced["top1"],
+            "dense_top1": dense["top1"],
+            "macs": reduced["macs"],
+            "dense_macs": dense["macs"],
+            "keep_ratio": reduced["keep_ratio"],
+        }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if options.card is not None:
         hashes = "\n".join(f"| {path.name} | {path.stat().st_size} | `{sha256(path)}` |" for path in sorted(folder.glob("*.safetensors")))
         text = options.card.read_text()
         values = {
-            "metrics": "\n\n".join(f"{report['data']}:\n\n{metrics_table(report)}" if len(reports) > 1 else metrics_table(report) for report in reports),
+            "metrics": "\n\n".join(
+                f"{report['data']}:\n\n{metrics_table(report)}" if len(reports) > 1 else metrics_table(report) for report in reports
+            ),
             "recipe": options.recipe.read_text() if options.recipe is not None else "",
             "sha256": hashes,
             "version": iared2.__version__,

@@ -137,14 +137,24 @@ def _load(name: str, weights: Path | None, threshold: float | None, on_drop: OnD
 
 
 @app.command
-def models(*, common: Common = _COMMON) -> int:
-    """List the embedded models, and say what else can be loaded."""
+def models(*, check: bool = False, weights: Path | None = None, common: Common = _COMMON) -> int:
+    """List the embedded models, and say what else can be loaded.
+
+    Parameters
+    ----------
+    check
+        Have each embedded model prove itself with its golden tensors.
+    weights
+        A weights file for backbones that are not embedded (with --check).
+    """
     del common
     from rich.table import Table
 
     from iared2 import assets
 
     console = screen()
+    if check:
+        return _check_models(console, weights)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("embedded model", no_wrap=True)
     for heading in ("size", "classes", "top-1", "MACs", "backbone's weights"):
@@ -159,6 +169,24 @@ def models(*, common: Common = _COMMON) -> int:
         soft_wrap=True,
     )
     return 0
+
+
+def _check_models(console: Console, weights: Path | None) -> int:
+    """Loads every embedded model and compares it with its golden tensors."""
+    from iared2 import assets
+    from iared2.golden import check_golden
+    from iared2.saving import load_reduced
+
+    failed = 0
+    for name in assets.embedded():
+        try:
+            included = (assets.HERE / name / "backbone.safetensors").is_file()
+            worst = check_golden(load_reduced(name, weights=None if included else weights), assets.HERE / name)
+            console.print(f"{name}: agrees with its golden tensors to {worst:.1g}", soft_wrap=True)
+        except IARED2Error as error:
+            failed += 1
+            console.print(f"{name}: {error}", soft_wrap=True)
+    return 2 if failed and failed == len(assets.embedded()) else int(failed > 0)
 
 
 def _model_row(name: str) -> list[str]:

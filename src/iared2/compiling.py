@@ -10,10 +10,11 @@ import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-import torch.compiler.config
+import torch._dynamo.config
 from torch._dynamo.decorators import skip
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def captures_sizes(method: Callable[P, R]) -> Callable[P, R]:
@@ -24,7 +25,7 @@ def captures_sizes(method: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(method)
     def outside_of_the_graph(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.compiler.config.patch(capture_dynamic_output_shape_ops=True):
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
             return method(*args, **kwargs)
 
     return skip(outside_of_the_graph)

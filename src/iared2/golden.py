@@ -57,5 +57,7 @@ def check_golden(model: ReducedTransformer, folder: Path) -> float:
     found = answers(model, golden["images"])
     worst = max(float((found[name] - golden[name]).abs().max()) for name in ("scores", "logits"))
     if worst > TOLERANCE or not torch.equal(found["kept"], golden["kept"]):
-        raise WeightsError(f"{folder}: answers differ from the golden ones by {worst:.2g} (at most {TOLERANCE}); the files do not belong together")
+        raise WeightsError(
+            f"{folder}: answers differ from the golden ones by {worst:.2g} (at most {TOLERANCE}); the files do not belong together"
+        )
     return worst

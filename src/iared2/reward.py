@@ -24,7 +24,9 @@ class RewardConfig(Settings):
     patches: Literal["input", "group"] = Field("input", description="N of Eq. 2: the image's patches, or those entering the group")
 
 
-def reward(correct_B: Bool[Tensor, " B"], kept_B: Int[Tensor, " B"], patches_B: Int[Tensor, " B"], config: RewardConfig) -> Float[Tensor, " B"]:
+def reward(
+    correct_B: Bool[Tensor, " B"], kept_B: Int[Tensor, " B"], patches_B: Int[Tensor, " B"], config: RewardConfig
+) -> Float[Tensor, " B"]:
     """Eq. 2 for each image.
 
     Args:

@@ -87,6 +87,7 @@ def _write_tensors(path: Path, module: nn.Module, half: bool) -> None:
     if half:
         tensors = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
     save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def load_reduced(
@@ -117,7 +118,9 @@ def load_reduced(
     if folder is None and Path(name).is_dir():
         folder = Path(name)
     if folder is None:
-        folder = _download(name, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token)
+        folder = _download(
+            name, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token
+        )
     config = _read_config(folder)
     try:
         reduction = ReductionConfig.model_validate(config["reduction"])
@@ -200,8 +203,8 @@ def pretrained_backbone(name: str, **arguments: Any) -> nn.Module:
         ConfigError: timm knows no such model.
         HubError: the weights cannot be fetched.
     """
-    if not timm.is_model(name.split(".")[0]):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:3]
+    if not timm.is_model(name.partition(".")[0]):
+        near = timm.list_models(f"*{name.partition('_')[0]}*")[:3]
         hint = f"timm knows for example {', '.join(near)}" if near else "`iared2 models` lists what can be loaded"
         raise ConfigError(f"model {name!r}: timm has no such model; {hint}")
     try:

@@ -93,7 +93,8 @@ class TimmViTAdapter(BackboneAdapter):
         elif isinstance(module, vit.ResPostBlock):
             delta = _drop_path(module.drop_path2, module.norm2(_mlp(module.mlp, x_TD)), tokens)
         elif isinstance(module, vit.ParallelThingsBlock):
-            deltas = [_drop_path(ffn.drop_path, ffn.ls(_mlp(ffn.mlp, ffn.norm(x_TD))), tokens) for ffn in module.ffns]
+            branches: Any = module.ffns
+            deltas = [_drop_path(ffn.drop_path, ffn.ls(_mlp(ffn.mlp, ffn.norm(x_TD))), tokens) for ffn in branches]
             delta = torch.stack(deltas).sum(0)
         else:
             return tokens  # attention and feed-forward ran side by side in `attend`

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from iared2.data.arrays import ImageArrays, Preprocess, plain_batch
+from iared2.errors import DataError
 from iared2.model import ReducedTransformer
 from iared2.tokens.grid import to_pixels
 
@@ -51,7 +52,8 @@ def score_boxes(
     model: ReducedTransformer, arrays: ImageArrays, how: Preprocess, group: int = 1, progress: Callable[[int], None] | None = None
 ) -> BoxReport:
     """Measures a group's heatmap on pictures with boxes; maps are up-sampled to the pictures' pixels."""
-    assert arrays.boxes is not None  # callers pick data with boxes
+    if arrays.boxes is None:
+        raise DataError("boxes: these pictures have none; the validation part of a Tiny-ImageNet folder has")
     model.eval()
     height, width = arrays.pixels.shape[1:3]
     shares: dict[str, list[Tensor]] = {"model": [], "uniform": [], "gaussian": []}

@@ -24,7 +24,7 @@ from iared2.tokens.packed import Layout
 IMPLEMENTATIONS = ("auto", "uniform", "varlen", "segments", "masked")
 
 
-def attend(
+def attend(  # noqa: PLR0913, PLR0917 - q, k and v are one thing in three parts
     q_THK: Float[Tensor, "T H K"],
     k_THK: Float[Tensor, "T H K"],
     v_THV: Float[Tensor, "T H V"],

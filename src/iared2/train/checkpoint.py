@@ -65,8 +65,7 @@ def load_weights(checkpoint: Path, model: nn.Module, fingerprint: str) -> Place:
     record = json.loads((checkpoint / "place.json").read_text())
     if record["fingerprint"] != fingerprint:
         raise TrainingError(
-            f"{checkpoint.parent.parent} holds a run of another recipe; give another output folder, "
-            "or remove this one to start anew"
+            f"{checkpoint.parent.parent} holds a run of another recipe; give another output folder, or remove this one to start anew"
         )
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     return Place(**record["place"])

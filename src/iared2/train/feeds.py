@@ -50,7 +50,9 @@ def open_feeds(recipe: Recipe, backbone: Any, workers: int) -> Feeds:
     if settings.subset is not None and isinstance(data, (ImageArrays, LabelledImages)):
         data = data.subset(settings.subset, recipe.seed)
     train = make_batches(data, how, settings.batch_size, recipe.seed, train=True, workers=workers)
-    watch = None if held_out is None else make_batches(held_out, how, min(100, settings.batch_size), recipe.seed, train=False, workers=workers)
+    watch = (
+        None if held_out is None else make_batches(held_out, how, min(100, settings.batch_size), recipe.seed, train=False, workers=workers)
+    )
     return Feeds(train, watch)
 
 

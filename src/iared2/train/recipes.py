@@ -55,7 +55,9 @@ class DenseSettings(Settings):
     patch_drop: tuple[float, ...] = Field((), description="share of patches dropped at random, per epoch")
     smoothing: float = Field(0.1, ge=0, lt=1)
     teacher: TeacherSettings | None = None
-    optim: OptimSettings = OptimSettings(optimizer="muon", lr=3e-3, lr_batch=128, schedule="trapezoid", warmup=0.05, weight_decay=0.05, betas=(0.9, 0.98))
+    optim: OptimSettings = OptimSettings(
+        optimizer="muon", lr=3e-3, lr_batch=128, schedule="trapezoid", warmup=0.05, weight_decay=0.05, betas=(0.9, 0.98)
+    )
 
 
 class ReductionSettings(Settings):

@@ -23,7 +23,7 @@ from iared2.seeds import seed_all
 from iared2.train.dense import DenseTask, held_out_accuracy
 from iared2.train.evaluation import held_out
 from iared2.train.feeds import Feeds, open_feeds
-from iared2.train.recipes import Recipe, ReductionSettings, find_recipe
+from iared2.train.recipes import DenseSettings, Recipe, ReductionSettings, find_recipe
 from iared2.train.tasks import BlocksTask, InterpreterTask
 from iared2.train.teacher import with_teacher
 from iared2.train.trainer import RunSettings, Stage, Task, Trainer
@@ -80,12 +80,12 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     run = partial(_run_settings, recipe)
     if recipe.dense is not None:
         with separate_attention(backbone) if accelerator.device.type == "cpu" else nullcontext():
-            _train_dense(recipe, backbone, feeds, run(options.output / "dense"), accelerator)
+            _train_dense(recipe.dense, backbone, feeds, run(options.output / "dense"), accelerator)
         if accelerator.is_main_process:
             _save_backbone(backbone, options.output / "backbone.safetensors")
     if recipe.reduction is None:
         return options.output
-    model = _train_reduction(recipe, backbone, feeds, run(options.output / "reduction"), accelerator)
+    model = _train_reduction(recipe.reduction, backbone, feeds, run(options.output / "reduction"), accelerator)
     if accelerator.is_main_process:
         save_reduced(model, options.output / "model", with_backbone=recipe.dense is not None or None)
         logger.info("the reduced model is in %s", options.output / "model")
@@ -103,7 +103,7 @@ def build_backbone(recipe: Recipe) -> nn.Module:
     settings = recipe.backbone
     arguments = dict(settings.arguments)
     if recipe.dense is not None and recipe.dense.patch_drop:
-        arguments["patch_drop_rate"] = max(max(recipe.dense.patch_drop), 1e-6)
+        arguments["patch_drop_rate"] = max(*recipe.dense.patch_drop, 1e-6)
     name = settings.model.split(".")[0]
     if settings.weights is not None:
         if not timm.is_model(name):
@@ -116,26 +116,24 @@ def build_backbone(recipe: Recipe) -> nn.Module:
     return pretrained_backbone(settings.model, **arguments)
 
 
-def _train_dense(recipe: Recipe, backbone: nn.Module, feeds: Feeds, run: RunSettings, accelerator: Accelerator) -> None:
-    dense = recipe.dense
-    assert dense is not None  # the caller checked
+def _train_dense(dense: DenseSettings, backbone: nn.Module, feeds: Feeds, run: RunSettings, accelerator: Accelerator) -> None:
     batches = feeds.train
     if dense.teacher is not None:
         if not isinstance(batches, ArrayBatches):
             raise ConfigError("dense.teacher: soft labels need pictures in memory; set data.in_memory=true")
         arrays = with_teacher(batches.arrays, dense.teacher, run.folder / "teacher.safetensors", accelerator.device)
         batches = replace(batches, arrays=arrays)
-    teacher = dense.teacher
-    task = DenseTask(backbone, dense.smoothing, teacher.weight if teacher else 0.0, teacher.temperature if teacher else 1.0, dense.patch_drop)
+    weight, temperature = (dense.teacher.weight, dense.teacher.temperature) if dense.teacher else (0.0, 1.0)
+    task = DenseTask(backbone, dense.smoothing, weight, temperature, dense.patch_drop)
     evaluate = None if feeds.held_out is None else partial(held_out_accuracy, backbone, feeds.held_out, accelerator.device)
     Trainer(backbone.to(accelerator.device), run, accelerator).fit([Stage("dense", task, batches, dense.epochs, dense.optim, evaluate)])
     if hasattr(backbone.patch_drop, "prob"):
         backbone.patch_drop.prob = 0.0  # a regulariser of this training, not of the model
 
 
-def _train_reduction(recipe: Recipe, backbone: nn.Module, feeds: Feeds, run: RunSettings, accelerator: Accelerator) -> ReducedTransformer:
-    settings = recipe.reduction
-    assert settings is not None  # the caller checked
+def _train_reduction(
+    settings: ReductionSettings, backbone: nn.Module, feeds: Feeds, run: RunSettings, accelerator: Accelerator
+) -> ReducedTransformer:
     model = reduce(backbone, settings.groups, interpreter=settings.interpreter, on_drop=settings.on_drop).to(accelerator.device)
     plans = algorithm_1(len(model.reducers), settings.interpreter_epochs, settings.block_epochs, settings.warm_start_epochs)
     stages = [build_stage(plan, model, settings, feeds, accelerator) for plan in plans]
@@ -147,11 +145,14 @@ def build_stage(plan: StagePlan, model: ReducedTransformer, settings: ReductionS
     """One stage of the curriculum with its task, optimiser and held-out figures."""
     task: Task
     if plan.kind == "warm_start":
-        task, optim = WarmStartTask(model, plan.group, settings.warm_start_ratios[plan.group], settings.cache_prefix), settings.warm_start_optim
+        task = WarmStartTask(model, plan.group, settings.warm_start_ratios[plan.group], settings.cache_prefix)
+        optim = settings.warm_start_optim
     elif plan.kind == "interpreter":
-        task, optim = InterpreterTask(model, plan.group, settings.reward, settings.entropy_bonus, settings.cache_prefix), settings.interpreter_optim
+        task = InterpreterTask(model, plan.group, settings.reward, settings.entropy_bonus, settings.cache_prefix)
+        optim = settings.interpreter_optim
     else:
-        task, optim = BlocksTask(model, plan.group, settings.train_head, settings.block_target), settings.block_optim
+        task = BlocksTask(model, plan.group, settings.train_head, settings.block_target)
+        optim = settings.block_optim
     evaluate = None
     if feeds.held_out is not None:
         evaluate = partial(held_out, model, feeds.held_out, plan.group + 1, accelerator.device)

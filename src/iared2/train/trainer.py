@@ -132,7 +132,9 @@ class Trainer:
                     stage.task.begin()  # an evaluation may have left eval mode behind
         accelerator.free_memory()
 
-    def _step(self, task: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    def _step(
+        self, task: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage, batch: dict[str, Tensor], step: int
+    ) -> dict[str, Tensor]:
         batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
         logs = task(batch)
         self.accelerator.backward(logs["loss"])
@@ -153,5 +155,3 @@ class Trainer:
         if self.accelerator.is_main_process:
             save_checkpoint(self.settings.folder, self.model, optimizer, place, self.settings.fingerprint)
         self.accelerator.wait_for_everyone()
-
-
