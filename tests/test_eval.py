@@ -18,7 +18,7 @@ from iared2.data.sources import open_data
 from iared2.errors import ConfigError, DataError, IARED2Error, WeightsError
 from iared2.evaluate import classify
 from iared2.evaluate.classify import eval_preprocess, evaluate, run_eval
-from iared2.evaluate.machine import pick_device, pick_dtype
+from iared2.runtime import pick_device, precision
 from iared2.saving import load_reduced, save_reduced
 
 CLASSES, COUNT = 7, 22
@@ -206,7 +206,7 @@ def test_the_command(saved, pictures, tmp_path, capsys):
 
 def test_options_of_the_command(saved, pictures, tmp_path):
     target = tmp_path / "report.json"
-    assert run_eval(str(saved), pictures, threshold=-1, on_drop="merge", json_file=target, dtype="bf16", limit=5, workers=1) == 0
+    assert run_eval(str(saved), pictures, threshold=-1, on_drop="merge", json_file=target, dtype="bfloat16", limit=5, workers=1) == 0
     content = json.loads(target.read_text())
     assert content["images"] == 5
     assert content["rows"][1]["keep_ratio"] == [1.0, 1.0]
@@ -290,9 +290,9 @@ def test_kl_is_dense_against_reduced():
 
 
 def test_devices_and_precisions():
-    assert pick_dtype("bf16") is pick_dtype("bfloat16") is torch.bfloat16
+    assert isinstance(precision(torch.device("cpu"), "bfloat16"), torch.autocast)
     assert pick_device("cpu").type == "cpu"
     with pytest.raises(ConfigError, match="wanted one of"):
-        pick_dtype("float8")
+        precision(torch.device("cpu"), "float8")
     with pytest.raises(ConfigError, match="cannot be used here"):
         pick_device("nonsense")

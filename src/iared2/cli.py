@@ -120,7 +120,7 @@ def explain(
 
 def _load(name: str, weights: Path | None, threshold: float | None, on_drop: OnDropChoice | None, device: str) -> "ReducedTransformer":
     """The model as the options want it."""
-    from iared2.explain.runtime import pick_device
+    from iared2.runtime import pick_device
     from iared2.saving import load_reduced
 
     if threshold is not None and math.isnan(threshold):

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-import torch._dynamo.config
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.decorators import skip
 
 P = ParamSpec("P")
@@ -25,7 +25,7 @@ def captures_sizes(method: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(method)
     def outside_of_the_graph(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        with dynamo_config.patch(capture_dynamic_output_shape_ops=True):
             return method(*args, **kwargs)
 
     return skip(outside_of_the_graph)

@@ -138,7 +138,8 @@ class ReducedTransformer(nn.Module, ModelHubMixin):
 
     def after_reduction(self, state: State, reduction: Reduction) -> State:
         """The state that goes on after a reduction."""
-        return replace(state, tokens=reduction.tokens, key_THK=None, reductions=(*state.reductions, reduction))
+        record = replace(reduction, tokens=reduction.tokens.without_x())  # places are remembered, values would only fill memory
+        return replace(state, tokens=reduction.tokens, key_THK=None, reductions=(*state.reductions, record))
 
     def run_block(self, state: State, block: int) -> State:
         """One block. Its keys are kept only where the next block's reducer asks for them."""

@@ -83,7 +83,8 @@ class TimmViTAdapter(BackboneAdapter):
             delta, keys = _parallel_attentions(module, tokens)
         else:
             delta, keys = _one_step(module, tokens)
-        return Attended(tokens.with_x(tokens.x_TD + delta), keys if want_keys else None)
+        # Keys are a view of queries, keys and values together: a copy lets those go.
+        return Attended(tokens.with_x(tokens.x_TD + delta), keys.contiguous() if want_keys else None)
 
     def feed(self, block: int, tokens: PackedTokens) -> PackedTokens:
         module: Any = self.module.blocks[block]

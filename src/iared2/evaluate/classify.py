@@ -22,10 +22,11 @@ from iared2.data.labels import check_labels, model_class_ids
 from iared2.data.sources import Data, open_data
 from iared2.data.streams import StreamedImages
 from iared2.errors import ConfigError, DataError
-from iared2.evaluate.machine import describe_machine, pick_device, pick_dtype, synchronise, versions
+from iared2.evaluate.machine import describe_machine, synchronise, versions
 from iared2.evaluate.report import SCHEMA, EvalReport, Row, SourceRow, check_writable, write_json
 from iared2.evaluate.tally import Outcome, Tally
 from iared2.model import ReducedTransformer, State
+from iared2.runtime import pick_device, precision
 from iared2.saving import load_reduced
 from iared2.trace import Trace
 
@@ -210,12 +211,13 @@ def run_eval(  # noqa: PLR0913 - the command's options
         raise ConfigError(f"batch size and limit must be at least 1; got {batch_size} and {limit}")
     if json_file is not None:
         check_writable(json_file)
-    place, precision = pick_device(device), pick_dtype(dtype)
+    place = pick_device(device)
+    context = precision(place, dtype)
     reduced = _prepare(load_reduced(model, weights=weights, device=place), threshold, on_drop)
     pictures = _pictures(reduced, data, limit, seed)
     how = eval_preprocess(reduced)
     batches = make_batches(pictures, how, batch_size, seed, train=False, workers=workers)
-    with torch.autocast(place.type, precision, enabled=precision != torch.float32):
+    with context:
         report = evaluate(reduced, batches, getattr(pictures, "sources", None), progress=True)
     Console().print(report.markdown(), markup=False, highlight=False, soft_wrap=True)
     skipped: dict[str, str] = getattr(pictures, "skipped", {})
@@ -225,7 +227,7 @@ def run_eval(  # noqa: PLR0913 - the command's options
         settings = {
             "weights": None if weights is None else str(weights),
             "device": str(place),
-            "dtype": str(precision).removeprefix("torch."),
+            "dtype": "float32" if dtype == "auto" else dtype,
             "batch_size": batch_size,
             "workers": workers,
             "limit": limit,

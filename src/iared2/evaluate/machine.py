@@ -1,4 +1,4 @@
-"""What a figure was measured with: device, precision, versions, the machine in words."""
+"""What a figure was measured with: versions, and the machine in words."""
 
 import os
 import platform
@@ -8,45 +8,7 @@ from typing import Any
 
 import torch
 
-from iared2.errors import ConfigError
-
-DTYPES = {
-    "auto": torch.float32,
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
 PACKAGES = ("iared2", "torch", "timm", "torchmetrics", "pillow")
-
-
-def pick_device(name: str) -> torch.device:
-    """"auto" is the GPU if there is one.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: got {name!r}, which cannot be used here ({str(error).splitlines()[0]}); use auto or cpu") from None
-    return device
-
-
-def pick_dtype(name: str) -> torch.dtype:
-    """"auto" is float32.
-
-    Raises:
-        ConfigError: not a precision this library knows.
-    """
-    if name not in DTYPES:
-        raise ConfigError(f"dtype: got {name!r}, wanted one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def synchronise(device: torch.device) -> None:

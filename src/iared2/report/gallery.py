@@ -19,9 +19,9 @@ from torch import Tensor
 from iared2.data.pictures import Failure, Picture, read_picture
 from iared2.errors import DataError
 from iared2.explain import Explanation, Speed, explain, measure
-from iared2.explain.runtime import pick_device, precision
 from iared2.model import ReducedTransformer
 from iared2.report import files, page, pictures, records
+from iared2.runtime import pick_device, precision
 from iared2.saving import sha256
 
 PIXELS_AT_ONCE = 120_000_000  # decoded pixels that a batch may hold

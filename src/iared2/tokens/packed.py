@@ -105,6 +105,10 @@ class PackedTokens:
         """The same places with other values."""
         return replace(self, x_TD=x_TD)
 
+    def without_x(self) -> "PackedTokens":
+        """The same places with values of width 0, for records."""
+        return replace(self, x_TD=self.x_TD.new_empty(self.x_TD.shape[0], 0))
+
 
 def pack(x_BSD: Float[Tensor, "B S D"], prefix: int, grid: tuple[int, ...], origin_BP: Int[Tensor, "B P"] | None = None) -> PackedTokens:
     """Packs equally long sequences of prefix tokens and patch tokens.
@@ -206,8 +210,14 @@ def select_places(row_BK: Int[Tensor, "B K"], layout: Layout) -> Selection:
 
 def take(tokens: PackedTokens, chosen: Selection) -> PackedTokens:
     """Keeps the chosen rows; patches that were carried by the others are gone."""
-    layout = tokens.layout
-    kept = Layout(
+    kept = _shortened(tokens.layout, chosen)
+    mass = None if tokens.mass_T is None else tokens.mass_T[chosen.index_S]
+    alive_BN = scatter_places(torch.ones_like(kept.origin_T), kept) > 0
+    return PackedTokens(tokens.x_TD[chosen.index_S], kept, mass, _follow(tokens.carrier_BN, alive_BN))
+
+
+def _shortened(layout: Layout, chosen: Selection) -> Layout:
+    return Layout(
         cu_B1=chosen.cu_B1,
         image_T=layout.image_T[chosen.index_S],
         origin_T=layout.origin_T[chosen.index_S],
@@ -216,9 +226,6 @@ def take(tokens: PackedTokens, chosen: Selection) -> PackedTokens:
         longest=chosen.uniform if chosen.uniform is not None else layout.longest,
         uniform=chosen.uniform,
     )
-    mass = None if tokens.mass_T is None else tokens.mass_T[chosen.index_S]
-    alive_BN = scatter_places(torch.ones_like(kept.origin_T), kept) > 0
-    return PackedTokens(tokens.x_TD[chosen.index_S], kept, mass, _follow(tokens.carrier_BN, alive_BN))
 
 
 def _follow(carrier_BN: Int[Tensor, "B N"], alive_BN: Bool[Tensor, "B N"]) -> Int[Tensor, "B N"]:
@@ -241,16 +248,15 @@ def merge(tokens: PackedTokens, chosen: Selection, carrier_T: Int[Tensor, " T"])
     total_T = torch.zeros_like(mass_T).index_add(0, goal_T, given_T)
     weighted_TD = tokens.x_TD.to(exact) * given_T[:, None]
     summed_TD = torch.zeros_like(weighted_TD).index_add(0, goal_T, weighted_TD)
-    index_S = chosen.index_S
-    kept = take(replace(tokens, mass_T=total_T), chosen)
-    mean_SD = (summed_TD[index_S] / total_T[index_S][:, None]).to(tokens.x_TD.dtype)
+    x_SD, total_S = tokens.x_TD[chosen.index_S], total_T[chosen.index_S]
+    mean_SD = (summed_TD[chosen.index_S] / total_S[:, None]).to(x_SD.dtype)
     # A row that received nothing keeps its exact value: dividing m x by m again would cost a rounding.
-    alone_S = total_T[index_S] == mass_T[index_S]
-    x_SD = torch.where(alone_S[:, None], tokens.x_TD[index_S], mean_SD)
+    alone_S = total_S == mass_T[chosen.index_S]
+    x_SD = torch.where(alone_S[:, None], x_SD, mean_SD)
     place_T = torch.where(lost_T, GONE, layout.origin_T[goal_T])
     table_BN = scatter_places(place_T + 1, layout) - 1  # places without a row of their own stay at -1
     moved_BN = torch.where(tokens.carrier_BN >= 0, table_BN.gather(1, tokens.carrier_BN.clamp(min=0)), GONE)
-    return replace(kept, x_TD=x_SD, carrier_BN=moved_BN)
+    return PackedTokens(x_SD, _shortened(layout, chosen), total_S, moved_BN)
 
 
 def scatter_places(value_T: Tensor, layout: Layout) -> Tensor:

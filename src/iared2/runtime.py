@@ -6,7 +6,7 @@ import torch
 
 from iared2.errors import ConfigError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -34,6 +34,6 @@ def precision(device: torch.device, dtype: str) -> AbstractContextManager:
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
-    if dtype == "float32":
+    if DTYPES[dtype] is torch.float32:
         return nullcontext()
     return torch.autocast(device.type, DTYPES[dtype])
