@@ -5,12 +5,13 @@
 A row's figure is (reduced time / dense time) / share of MACs, per round; 1.00 is the ideal. The bounds are 1.05 at
 batch 16 and 1.15 at batch 1. "trace" also builds what a heatmap needs; its bound is one dense forward. The CPU clock
 counts what this process computed and is meant for one thread on a busy machine, where wall-clock time is the
-neighbours' too. Peak memory is that of a fresh process per variant (Linux: VmHWM during its first forward, above what
-it held before).
+neighbours' too. Peak memory is that of a fresh process per variant (Linux: VmHWM during its second forward, above what it
+held before; glibc is told to give every freed block back at once, so that the peak is what was in use together).
 """
 
 import argparse
 import json
+import os
 import platform
 import random
 import subprocess
@@ -85,9 +86,10 @@ def table(rows: list[dict[str, Any]], threads: int, clock: str) -> None:
 
 
 def peak_of_this_process(variant: str, name: str, batch: int, share: float) -> float:
-    """MB that the first forward needs above what the process holds before it."""
+    """MB that a forward needs above what the process holds before it."""
     work = workload.make(name, batch, share)
     function = variants(work)[variant][0]
+    clocked(function, time.perf_counter)  # the first one also fills the libraries' own buffers
     held = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     clocked(function, time.perf_counter)
@@ -101,10 +103,10 @@ def _status(field: str) -> int:
 
 def peaks(name: str, batch: int, share: float) -> dict[str, float]:
     """Peak memory of each variant, each in its own process."""
-    found = {}
+    found, environment = {}, os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     for variant in ("dense", "discard", "merge"):
         command = [sys.executable, __file__, "--peak", variant, "--model", name, "--peak-batch", str(batch), "--share", str(share)]
-        found[variant] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        found[variant] = float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()[-1])
     return found
 
 
