@@ -6,8 +6,11 @@ python benchmarks/boxes.py TINY_IMAGENET_FOLDER [--model NAME] [--group 1]
 import argparse
 from pathlib import Path
 
-import iared2
+import iared2  # first: see iared2/_compat.py
+
+# isort: split
 import timm
+
 from iared2 import assets
 from iared2.data.arrays import Preprocess
 from iared2.data.tiny_imagenet import load_tiny_imagenet

@@ -17,9 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 import workload
 
-SETTINGS = (("deit_small_patch16_224", 224), ("deit_base_patch16_224", 224), ("deit_small_patch16_224", 384), ("deit_base_patch16_224", 384))
+SETTINGS = (
+    ("deit_small_patch16_224", 224),
+    ("deit_base_patch16_224", 224),
+    ("deit_small_patch16_224", 384),
+    ("deit_base_patch16_224", 384),
+)
 
 
 def milliseconds(function: Callable[[], Any], calls: int) -> float:
@@ -122,15 +128,18 @@ def main() -> int:
     """Measures, prints, and writes JSON if asked to."""
     options = arguments()
     if not torch.cuda.is_available():
-        print("speed_cuda: no CUDA device here (torch.cuda.is_available() is false); benchmarks/speed_cpu.py measures on CPU", file=sys.stderr)
+        print(
+            "speed_cuda: no CUDA device here (torch.cuda.is_available() is false); benchmarks/speed_cpu.py measures on CPU", file=sys.stderr
+        )
         return 2
     random.seed(0)
+    on = torch.empty(0, device="cuda", dtype=torch.bfloat16)
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "batch": options.batch, "dtype": "bfloat16"}
     print("; ".join(f"{key}: {value}" for key, value in machine.items()))
     result: dict[str, Any] = {**machine, "settings": []}
     for name, size in SETTINGS:
-        torch._dynamo.reset()
-        work = workload.make(name, options.batch, options.share, device="cuda", dtype=torch.bfloat16, image_size=size)
+        torch.compiler.reset()
+        work = workload.make(name, options.batch, options.share, image_size=size, on=on)
         rows = measure(work, options)
         table(f"{name}, {size} px", rows)
         result["settings"].append({"model": name, "image_size": size, "rows": rows})

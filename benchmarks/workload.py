@@ -4,7 +4,7 @@ The weights are random, so real scores would keep nonsense; instead each group's
 interpreter still scores every patch, and its cost, like that of matching, counts in the share.
 """
 
-import math
+import math  # noqa: I001 - iared2 comes before timm
 from dataclasses import dataclass
 
 import iared2  # first: makes timm importable beside a CPU-only torch
@@ -73,10 +73,14 @@ def masks(kept: tuple[tuple[int, ...], ...], places: int, seed: int, device: tor
     return [Given((rank_BN < counts_B[:, None]).to(device)) for counts_B in counts_GB]
 
 
-def make(
-    name: str, batch: int, target: float, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32, image_size: int | None = None
-) -> Workload:
-    """A workload of the given backbone, batch size and share of MACs."""
+def make(name: str, batch: int, target: float, seed: int = 0, image_size: int | None = None, on: torch.Tensor | None = None) -> Workload:
+    """A workload of the given backbone, batch size and share of MACs.
+
+    Args:
+        image_size: pixels per side; None takes the backbone's own.
+        on: a tensor whose device and precision to use; None means the CPU in fp32.
+    """
+    on = torch.empty(0) if on is None else on
     torch.manual_seed(seed)
     options = {} if image_size is None else {"img_size": image_size}
     dense = timm.create_model(name, **options).eval()
@@ -84,10 +88,10 @@ def make(
     size = dense.patch_embed.img_size
     images = torch.randn(batch, 3, *size)
     kept = draw(model, images, target, seed)
-    model.to(device, dtype)
-    for reducer, rule in zip(model.reducers, masks(kept, math.prod(model.adapter.grid(*size)), seed, torch.device(device)), strict=True):
+    model.to(on.device, on.dtype)
+    for reducer, rule in zip(model.reducers, masks(kept, math.prod(model.adapter.grid(*size)), seed, on.device), strict=True):
         reducer.rule = rule
-    return Workload(dense, model, images.to(device, dtype), kept, share_of_dense(model, images, kept))
+    return Workload(dense, model, images.to(on), kept, share_of_dense(model, images, kept))
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

@@ -21,9 +21,9 @@ def _fresh():
     torch._dynamo.reset()
 
 
-def _model(family: str = "deit", on_drop: str = "discard", rule: str = "threshold") -> iared2.ReducedTransformer:
+def _model(name: str = "deit", on_drop: str = "discard", rule: str = "threshold") -> iared2.ReducedTransformer:
     start = iared2.InterpreterConfig(init_score=0.5)
-    model = iared2.reduce(FAMILIES[family].build(), groups=2, on_drop=on_drop, interpreter=start, **RULES[rule]).eval()
+    model = iared2.reduce(FAMILIES[name].build(), groups=2, on_drop=on_drop, interpreter=start, **RULES[rule]).eval()
     for parameter in model.reducers.parameters():
         nn.init.normal_(parameter, std=0.7)
     return model
@@ -74,9 +74,9 @@ def test_inside_another_compiled_module():
         torch.testing.assert_close(in_one(images), model(images).softmax(-1))
 
 
-@pytest.mark.parametrize("family", ["avg", "siglip"])
-def test_pooling_over_patches(family):
-    model, counter = _model(family, "merge"), CompileCounterWithBackend("eager")
+@pytest.mark.parametrize("name", ["avg", "siglip"])
+def test_pooling_over_patches(name):
+    model, counter = _model(name, "merge"), CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter)
     with torch.no_grad():
         for step in range(8):

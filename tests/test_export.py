@@ -9,19 +9,19 @@ from iared2 import export
 from iared2.errors import ConfigError
 
 
-def _model(family: str, on_drop: str, **settings) -> iared2.ReducedTransformer:
+def _model(name: str, on_drop: str, **settings) -> iared2.ReducedTransformer:
     chosen = {"rule": "top_k", "ratios": (0.7, 0.3), **settings}
-    model = iared2.reduce(FAMILIES[family].build(), groups=2, on_drop=on_drop, **chosen).eval()
+    model = iared2.reduce(FAMILIES[name].build(), groups=2, on_drop=on_drop, **chosen).eval()
     for parameter in model.reducers.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return model
 
 
-@pytest.mark.parametrize(("family", "on_drop"), [("deit", "discard"), ("deit", "merge"), ("avg", "merge"), ("siglip", "discard")])
-def test_top_k_runs_in_onnxruntime(family, on_drop, tmp_path):
+@pytest.mark.parametrize(("name", "on_drop"), [("deit", "discard"), ("deit", "merge"), ("avg", "merge"), ("siglip", "discard")])
+def test_top_k_runs_in_onnxruntime(name, on_drop, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = _model(family, on_drop).train()
+    model = _model(name, on_drop).train()
     path = export.export_onnx(model, tmp_path / "deep" / "model.onnx")
     assert model.training  # as it was
     assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
@@ -47,6 +47,6 @@ def test_pooling_that_needs_each_image_alone_is_refused(tmp_path):
 
 
 def test_missing_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"onnx and onnxscript not installed; run pip install 'iared2\[onnx\]'"):
         export.export_onnx(_model("deit", "discard"), tmp_path / "model.onnx")

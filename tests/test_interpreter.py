@@ -115,3 +115,15 @@ def test_the_class_policy_reads_the_class_token_of_its_own_image_and_group():
     for index in range(4):
         _, alone = model.trace(images[index : index + 1])
         assert torch.allclose(alone.score_GBN[:, 0], together.score_GBN[:, index], atol=1e-6)
+
+
+def test_folding_is_remembered_in_inference_and_follows_the_weights():
+    interpreter = Interpreter(8, 2, InterpreterConfig()).eval()
+    with torch.no_grad():
+        first = interpreter._folded_once()
+        assert interpreter._folded_once()[0] is first[0]
+        interpreter.query.weight.mul_(2)
+        torch.testing.assert_close(interpreter._folded_once()[0], 2 * first[0])
+    assert interpreter._folded_once()[0].requires_grad
+    interpreter.train()
+    assert interpreter._kept is None

@@ -3,12 +3,14 @@
 import sys
 from pathlib import Path
 
+import iared2  # noqa: F401 - first: see iared2/_compat.py
+
+# isort: split
 import timm
 import torch
 from accelerate import Accelerator
 from timm.models.vision_transformer import VisionTransformer
 
-import iared2  # noqa: F401 - first, see iared2/_compat.py
 from iared2.curriculum import algorithm_1
 from iared2.data.arrays import ArrayBatches, ImageArrays, Preprocess
 from iared2.model import ReducedTransformer, reduce

@@ -10,9 +10,11 @@ import json
 import shutil
 from pathlib import Path
 
+import iared2  # first: see iared2/_compat.py
+
+# isort: split
 import timm
 
-import iared2
 from iared2 import assets
 from iared2.golden import check_golden, write_golden
 from iared2.saving import load_reduced, save_reduced, sha256

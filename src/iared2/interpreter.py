@@ -55,6 +55,7 @@ class Interpreter(nn.Module):
         self.key = nn.Linear(width, width)
         self.policy_token = nn.Parameter(torch.randn(width) * 0.02) if config.policy == "learned" else None
         self._start_at(config.init_score)
+        self._kept: tuple[tuple[tuple[int, int], ...], tuple[Tensor, Tensor]] | None = None
 
     @property
     def _scale(self) -> float:
@@ -74,6 +75,22 @@ class Interpreter(nn.Module):
         weight_HD = torch.einsum("hkd,hk->hd", self.query.weight.view(self.heads, -1, self.width), key_HK)
         return weight_HD, (self.query.bias.view(self.heads, -1) * key_HK).sum(-1)
 
+    def _folded_once(self) -> tuple[Float[Tensor, "H D"], Float[Tensor, " H"]]:
+        """`folded`, kept from call to call in plain inference: for one picture, folding would take longer than scoring."""
+        parameters = list(self.parameters())
+        plain = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if not plain or torch.is_autocast_enabled(parameters[0].device.type) or any(p.is_inference() for p in parameters):
+            return self.folded()
+        versions = tuple((p.data_ptr(), p._version) for p in parameters)  # noqa: SLF001 - counts changes in place
+        if self._kept is None or self._kept[0] != versions:
+            self._kept = (versions, self.folded())
+        return self._kept[1]
+
+    def train(self, mode: bool = True) -> "Interpreter":
+        """As any module's; forgets what was folded before."""
+        self._kept = None
+        return super().train(mode)
+
     def forward(self, tokens: PackedTokens) -> Float[Tensor, " T"]:
         """Scores I of Eq. 1 for every row."""
         return self.logits(tokens).sigmoid().mean(-1)
@@ -82,7 +99,7 @@ class Interpreter(nn.Module):
         """The dot products of Eq. 1, one per head."""
         x_TD = F.layer_norm(tokens.x_TD, (self.width,)) if self.config.norm else tokens.x_TD
         if self.policy_token is not None:
-            weight_HD, bias_H = self.folded()
+            weight_HD, bias_H = self._folded_once()
             return _at_least_fp32(F.linear(x_TD, weight_HD.to(x_TD.dtype), bias_H.to(x_TD.dtype)))
         layout = tokens.layout
         key_BHK = self.key(x_TD[layout.cu_B1[:-1].long()]).view(-1, self.heads, self.width // self.heads)

@@ -5,7 +5,7 @@ import logging
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -69,7 +69,7 @@ class StageLog:
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._bar = self._progress.add_task(stage, total=total, completed=start, rate=0.0)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StageLog":  # noqa: PYI034 - the shape checks take methods one by one
         if self.main:
             self._progress.start()
         return self
