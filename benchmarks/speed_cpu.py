@@ -39,7 +39,8 @@ def variants(work: workload.Workload) -> dict[str, tuple[Callable[[], Any], floa
         if work.images.shape[0] == 1:
             chosen[f"{on_drop}, trace"] = (lambda how=on_drop: (work.use_only(how), work.reduced.trace(work.images)[1].heatmap(1)), share)
     if work.images.shape[0] == 1:
-        chosen["blocks alone"] = (lambda tokens=random_tokens(work): blocks_alone(work, tokens), work.use("discard").share)
+        tokens = random_tokens(work)
+        chosen["blocks alone"] = (lambda: blocks_alone(work, tokens), work.use("discard").share)
     return chosen
 
 
