@@ -29,6 +29,17 @@ def metrics_table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def without_folders(recipe: Path) -> str:
+    """A run's recipe as JSON, with file names in place of the paths of the machine it ran on."""
+
+    def shorten(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: shorten(inner) for key, inner in value.items()}
+        return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+
+    return json.dumps(shorten(json.loads(recipe.read_text())), indent=2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -67,7 +78,7 @@ def main() -> None:
             "metrics": "\n\n".join(
                 f"{report['data']}:\n\n{metrics_table(report)}" if len(reports) > 1 else metrics_table(report) for report in reports
             ),
-            "recipe": options.recipe.read_text() if options.recipe is not None else "",
+            "recipe": without_folders(options.recipe) if options.recipe is not None else "",
             "sha256": hashes,
             "version": iared2.__version__,
         }
