@@ -11,6 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import iared2
 from families import FAMILIES
 
+pytestmark = pytest.mark.untyped  # torch.compile cannot trace through the shape checks
+
 RULES = {"threshold": {}, "top_k": {"rule": "top_k", "ratios": (0.7, 0.3)}}
 
 

@@ -29,6 +29,12 @@ def metrics_table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def headed(report: dict, several: bool) -> str:
+    """A report's table, with a line that tells it from others where there are several."""
+    head = f"`{Path(report['data']).name}`, on_drop={report['settings']['on_drop']}:\n\n" if several else ""
+    return head + metrics_table(report)
+
+
 def without_folders(recipe: Path) -> str:
     """A run's recipe as JSON, with file names in place of the paths of the machine it ran on."""
 
@@ -75,9 +81,7 @@ def main() -> None:
         hashes = "\n".join(f"| {path.name} | {path.stat().st_size} | `{sha256(path)}` |" for path in sorted(folder.glob("*.safetensors")))
         text = options.card.read_text()
         values = {
-            "metrics": "\n\n".join(
-                f"{report['data']}:\n\n{metrics_table(report)}" if len(reports) > 1 else metrics_table(report) for report in reports
-            ),
+            "metrics": "\n\n".join(headed(report, len(reports) > 1) for report in reports),
             "recipe": without_folders(options.recipe) if options.recipe is not None else "",
             "sha256": hashes,
             "version": iared2.__version__,

@@ -1,6 +1,6 @@
 """Golden tensors: an embedded model carries an input and its own answers, and proves itself with them.
 
-`golden.safetensors` holds `images` (fp32, B x 3 x h x w), `scores` (G, B, N), `kept` (B, G) and `logits` (B, classes).
+`golden.safetensors` holds `images` (fp16, B x 3 x h x w), `scores` (G, B, N), `kept` (B, G) and `logits` (B, classes).
 """
 
 from pathlib import Path
@@ -34,8 +34,9 @@ def answers(model: ReducedTransformer, images: Float[Tensor, "B 3 h w"]) -> dict
 
 def write_golden(model: ReducedTransformer, folder: Path, size: tuple[int, int]) -> None:
     """Records golden tensors beside a saved model."""
-    images = golden_images(size)
-    save_file({"images": images, **answers(model, images)}, folder / FILE)
+    images = golden_images(size).half()  # half the size; the answers are those for these very numbers
+    save_file({"images": images, **answers(model, images.float())}, folder / FILE)
+    (folder / FILE).chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def check_golden(model: ReducedTransformer, folder: Path) -> float:
@@ -54,7 +55,7 @@ def check_golden(model: ReducedTransformer, folder: Path) -> float:
         golden = load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not readable ({str(error).splitlines()[0]}); install iared2 again") from None
-    found = answers(model, golden["images"])
+    found = answers(model, golden["images"].float())
     worst = max(float((found[name] - golden[name]).abs().max()) for name in ("scores", "logits"))
     if worst > TOLERANCE or not torch.equal(found["kept"], golden["kept"]):
         raise WeightsError(

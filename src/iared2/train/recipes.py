@@ -196,14 +196,14 @@ def deit_tiny_interpreters() -> Recipe:
     Command: iared2 train deit_tiny_interpreters --data FOLDER --weights DEIT_TINY_FILE --output runs/deit_tiny
     """
     reduction = ReductionSettings(
-        groups=(4, 8),
+        groups=(5, 9),
         interpreter=InterpreterConfig(policy="class"),
         reward=RewardConfig(target="dense"),
         on_drop="merge",
-        interpreter_epochs=4,
+        interpreter_epochs=3,
         block_epochs=0,
-        warm_start_epochs=20,
-        warm_start_ratios=(0.68, 0.38),
+        warm_start_epochs=15,
+        warm_start_ratios=(0.6, 0.35),
         cache_prefix=True,
         interpreter_optim=OptimSettings(lr=2e-4, lr_batch=32),
     )
