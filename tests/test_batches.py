@@ -96,6 +96,7 @@ def test_ranks_share_an_epoch(count, batch_size, world, train):
         assert len(ranks[0]) == batches.steps(world)
 
 
+@pytest.mark.untyped  # the run-time checks draw random numbers of their own
 def test_the_callers_random_numbers_are_left_alone(folder):
     def draws():
         return random.random(), float(np.random.rand()), float(torch.rand(()))

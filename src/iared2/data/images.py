@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import IO
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -20,7 +20,8 @@ from iared2.seeds import generator
 
 logger = logging.getLogger("iared2.data")
 
-Opener = Callable[[int], IO[bytes] | Image.Image]
+OpenFile = Any  # a binary file; typing.IO refuses tarfile's and io.BytesIO when types are checked at run time
+Opener = Callable[[int], OpenFile | Image.Image]
 
 # What Pillow and the archives raise for damaged content; some decoders let their own errors through.
 BROKEN = (
@@ -36,7 +37,7 @@ BROKEN = (
 )
 
 
-def read_rgb(handle: IO[bytes] | Image.Image) -> Image.Image:
+def read_rgb(handle: OpenFile | Image.Image) -> Image.Image:
     """Decodes a picture as RGB and closes it, as timm's data sets do (no rotation by EXIF)."""
     with closing(handle):
         image = handle if isinstance(handle, Image.Image) else Image.open(handle)
@@ -115,7 +116,7 @@ class LabelledImages:
         return self.select(torch.randperm(len(self), generator=generator(seed))[:count].sort().values.tolist())
 
 
-def _open_row(opener: Opener, rows: list[int], index: int) -> IO[bytes] | Image.Image:
+def _open_row(opener: Opener, rows: list[int], index: int) -> OpenFile | Image.Image:
     return opener(rows[index])
 
 

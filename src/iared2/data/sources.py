@@ -18,7 +18,7 @@ import tarfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -26,7 +26,7 @@ from timm.data import create_dataset
 from timm.data.readers import create_reader
 
 from iared2.data.arrays import ImageArrays
-from iared2.data.images import LabelledImages, reason
+from iared2.data.images import LabelledImages, OpenFile, reason
 from iared2.data.labels import are_wordnet_ids, match_classes, relabel
 from iared2.data.streams import StreamedImages, open_stream
 from iared2.data.tiny_imagenet import is_tiny_imagenet, load_tiny_imagenet
@@ -124,7 +124,7 @@ def _from_reader(reader: Any, targets: list[int], files: list[str], found: list[
     return LabelledImages(partial(_open_reader, reader), torch.tensor(mapping)[targets], files, class_ids)
 
 
-def _open_reader(reader: Any, index: int) -> IO[bytes]:
+def _open_reader(reader: Any, index: int) -> OpenFile:
     return reader[index][0]
 
 
@@ -149,7 +149,7 @@ def _open_table(folder: Path) -> LabelledImages:
     return LabelledImages(partial(_open_file, folder, files), labels, files, sources=sources)
 
 
-def _open_file(folder: Path, files: list[str], index: int) -> IO[bytes]:
+def _open_file(folder: Path, files: list[str], index: int) -> OpenFile:
     return (folder / files[index]).open("rb")
 
 
@@ -180,7 +180,7 @@ def _open_parquet(path: Path) -> LabelledImages:
     return LabelledImages(partial(_open_bytes, images), labels, names)
 
 
-def _open_bytes(column: Any, index: int) -> IO[bytes]:
+def _open_bytes(column: Any, index: int) -> OpenFile:
     return io.BytesIO(column[index].as_py() or b"")
 
 
