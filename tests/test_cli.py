@@ -223,7 +223,7 @@ def test_models_that_cannot_be_had(run, photo, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     where = ("explain", "-p", photo, "-o", tmp_path / "out", "--model")
     check_one_line(run(*where, "no_such_model"), "no_such_model", "Check the name")
-    check_one_line(run(*where, "someone/model"), "cannot be reached", "connect to the network")
+    check_one_line(run(*where, "someone/model"), "not to be had from the hub", "connect to the network")
     check_one_line(run(*where, tmp_path), "no config.json")
 
 
