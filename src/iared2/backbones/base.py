@@ -68,9 +68,9 @@ class BackboneAdapter(ABC):
     def __init__(self, module: nn.Module) -> None: ...
 
     @property
-    @abstractmethod
     def needs_patch(self) -> bool:
-        """Whether the head needs at least one patch token per image."""
+        """Whether the head needs at least one patch token per image; by default, where there are no prefix tokens."""
+        return self.prefix == 0
 
     @abstractmethod
     def embed(self, images: Float[Tensor, "B C height width"]) -> PackedTokens:
