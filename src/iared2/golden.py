@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from iared2.errors import WeightsError
 from iared2.model import ReducedTransformer
+from iared2.saving import read_tensors
 
 FILE = "golden.safetensors"
 TOLERANCE = 1e-3  # scores and logits in fp32; kernels of other machines round differently
@@ -48,13 +48,7 @@ def check_golden(model: ReducedTransformer, folder: Path) -> float:
     Raises:
         WeightsError: no golden tensors, or answers that differ.
     """
-    path = folder / FILE
-    if not path.is_file():
-        raise WeightsError(f"{folder}: no {FILE} in it, so the model cannot prove itself; save it with golden tensors")
-    try:
-        golden = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not readable ({str(error).splitlines()[0]}); install iared2 again") from None
+    golden = read_tensors(folder / FILE)
     found = answers(model, golden["images"].float())
     worst = max(float((found[name] - golden[name]).abs().max()) for name in ("scores", "logits"))
     if worst > TOLERANCE or not torch.equal(found["kept"], golden["kept"]):

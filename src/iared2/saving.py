@@ -217,18 +217,27 @@ def pretrained_backbone(name: str, **arguments: Any) -> nn.Module:
         ) from None
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        WeightsError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weights file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({_first_line(error)}); fetch it again") from None
+
+
 def load_tensors(module: nn.Module, path: Path) -> None:
     """Loads a safetensors file strictly, casting to the module's dtype.
 
     Raises:
         WeightsError: the file is missing, damaged, or made for another model.
     """
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such weights file")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({_first_line(error)}); fetch it again") from None
+    tensors = read_tensors(path)
     wanted = module.state_dict()
     missing, surplus = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or surplus:

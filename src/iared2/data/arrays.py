@@ -126,6 +126,16 @@ def random_views(pixels: UInt8[Tensor, "b h w 3"], how: Preprocess, draw: torch.
     return F.grid_sample(normalise(pixels, how.mean, how.std), grid, align_corners=False, padding_mode="reflection")
 
 
+def steps_per_epoch(examples: int, per_step: int, train: bool) -> int:
+    """Steps of one epoch; training drops the last incomplete one (but takes at least one), evaluation keeps it."""
+    return max(1, examples // per_step) if train else -(-examples // per_step)
+
+
+def epoch_order(examples: int, seed: int, epoch: int, train: bool) -> Int[Tensor, " n"]:
+    """The order of one epoch: shuffled by (seed, epoch) in training, as it stands in evaluation."""
+    return torch.randperm(examples, generator=generator(seed, epoch)) if train else torch.arange(examples)
+
+
 @dataclass(frozen=True)
 class ArrayBatches:
     """Batches over `ImageArrays`; a pure function of (seed, epoch, step), so that a resumed run sees the same.
@@ -146,14 +156,11 @@ class ArrayBatches:
 
     def steps(self, world: int = 1) -> int:
         """Batches per epoch and rank; training drops the last incomplete one, evaluation keeps it."""
-        per_step = self.batch_size * world
-        return max(1, self.examples // per_step) if self.train else -(-self.examples // per_step)
+        return steps_per_epoch(self.examples, self.batch_size * world, self.train)
 
     def epoch(self, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         """The batches of one epoch for one rank, from step `start` on."""
-        order = torch.arange(self.examples)
-        if self.train:
-            order = torch.randperm(self.examples, generator=generator(self.seed, epoch))
+        order = epoch_order(self.examples, self.seed, epoch, self.train)
         per_step = self.batch_size * world
         for step in range(start, self.steps(world)):
             chosen = order[step * per_step : (step + 1) * per_step][rank::world]

@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from iared2.data.arrays import ArrayBatches, ImageArrays, Preprocess
+from iared2.data.arrays import ArrayBatches, ImageArrays, Preprocess, epoch_order, steps_per_epoch
 from iared2.data.images import LabelledImages
 from iared2.data.streams import StreamBatches, StreamedImages
 from iared2.data.views import make_transform, seeded
@@ -84,14 +84,11 @@ class FileBatches:
 
     def steps(self, world: int = 1) -> int:
         """Batches per epoch and rank; training drops the last incomplete one, evaluation keeps it."""
-        per_step = self.batch_size * world
-        return max(1, self.examples // per_step) if self.train else -(-self.examples // per_step)
+        return steps_per_epoch(self.examples, self.batch_size * world, self.train)
 
     def epoch(self, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         """The batches of one epoch for one rank, from step `start` on."""
-        order = torch.arange(self.examples)
-        if self.train:
-            order = torch.randperm(self.examples, generator=generator(self.seed, epoch))
+        order = epoch_order(self.examples, self.seed, epoch, self.train)
         per_step, steps = self.batch_size * world, self.steps(world)
         plan = [order[step * per_step : (step + 1) * per_step][rank::world].tolist() for step in range(steps)]
         views = Views(self.images, make_transform(self.how, self.train), (self.seed, epoch) if self.train else None)

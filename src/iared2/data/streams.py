@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data.readers import create_reader
 from torch import Tensor
 
-from iared2.data.arrays import Preprocess
+from iared2.data.arrays import Preprocess, steps_per_epoch
 from iared2.data.images import note_broken, reason
 from iared2.data.views import make_transform, seeded
 from iared2.errors import DataError, HubError
@@ -158,8 +158,7 @@ class StreamBatches:
 
     def steps(self, world: int = 1) -> int:
         """Batches per epoch and rank; training drops the last incomplete one, evaluation keeps it."""
-        per_step = self.batch_size * world
-        return max(1, self.examples // per_step) if self.train else -(-self.examples // per_step)
+        return steps_per_epoch(self.examples, self.batch_size * world, self.train)
 
     def epoch(self, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         """The batches of one epoch for one rank, from step `start` on."""

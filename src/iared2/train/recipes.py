@@ -116,6 +116,12 @@ def recipe(build: Callable[[], Recipe]) -> Callable[[], Recipe]:
     return build
 
 
+def _paper(name: str, model: str) -> Recipe:
+    """Algorithm 1 with the paper's settings; the two recipes differ in the backbone alone."""
+    reduction = ReductionSettings(interpreter=InterpreterConfig.paper(), train_head=False)
+    return Recipe(name=name, backbone=BackboneSettings(model=model), reduction=reduction)
+
+
 @recipe
 def paper_deit_small() -> Recipe:
     """DeiT-S on ImageNet-1k to the letter of the paper (Algorithm 1, Eq. 1 to 3, Table 2).
@@ -124,8 +130,7 @@ def paper_deit_small() -> Recipe:
     Expected: 79.1 % top-1 at 2.9 G (linear layers only; the paper's figure, not reproduced here).
     Command: iared2 train paper_deit_small --data IMAGENET_FOLDER --output runs/deit_small
     """
-    reduction = ReductionSettings(interpreter=InterpreterConfig.paper(), train_head=False)
-    return Recipe(name="paper_deit_small", backbone=BackboneSettings(model="deit_small_patch16_224.fb_in1k"), reduction=reduction)
+    return _paper("paper_deit_small", "deit_small_patch16_224.fb_in1k")
 
 
 @recipe
@@ -136,8 +141,7 @@ def paper_deit_base() -> Recipe:
     Expected: 80.9 % top-1 at 11.8 G (linear layers only; the paper's figure, not reproduced here).
     Command: iared2 train paper_deit_base --data IMAGENET_FOLDER --output runs/deit_base
     """
-    reduction = ReductionSettings(interpreter=InterpreterConfig.paper(), train_head=False)
-    return Recipe(name="paper_deit_base", backbone=BackboneSettings(model="deit_base_patch16_224.fb_in1k"), reduction=reduction)
+    return _paper("paper_deit_base", "deit_base_patch16_224.fb_in1k")
 
 
 @recipe

@@ -66,7 +66,15 @@ class GroupTask(Task):
         return self.model.adapter.head(state.tokens).float()
 
 
-class InterpreterTask(GroupTask):
+class ScoringTask(GroupTask):
+    """A stage that trains the group's interpreter alone."""
+
+    def begin(self) -> None:
+        self.model.requires_grad_(False).eval()
+        self.reducer.requires_grad_(True)
+
+
+class InterpreterTask(ScoringTask):
     """REINFORCE for interpreter j (Eq. 2 and 3); everything else is frozen.
 
     The sampled and the greedy pass share one frozen prefix, and no gradient is stored for the backbone: the
@@ -78,10 +86,6 @@ class InterpreterTask(GroupTask):
     ) -> None:
         super().__init__(model, group, cache)
         self.config, self.entropy_bonus = config, entropy_bonus
-
-    def begin(self) -> None:
-        self.model.requires_grad_(False).eval()
-        self.reducer.requires_grad_(True)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         state = self.frozen_prefix(batch)

@@ -16,20 +16,16 @@ from torch.nn import functional as F
 from iared2.keep import share_of
 from iared2.model import ReducedTransformer, State
 from iared2.tokens.packed import scatter_places
-from iared2.train.tasks import GroupTask
+from iared2.train.tasks import GroupTask, ScoringTask
 
 
-class WarmStartTask(GroupTask):
+class WarmStartTask(ScoringTask):
     """Binary cross-entropy towards the patches with the most evidence: the best `ratio` of the grid, per image."""
 
     def __init__(self, model: ReducedTransformer, group: int, ratio: float, cache: bool = False) -> None:
         super().__init__(model, group, cache)
         self.ratio = ratio
         self._evidence: dict[int, Tensor] = {}
-
-    def begin(self) -> None:
-        self.model.requires_grad_(False).eval()
-        self.reducer.requires_grad_(True)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         state = self.frozen_prefix(batch)
