@@ -122,6 +122,16 @@ def test_an_attention_pool_over_merged_tokens_pays_for_every_patch():
     assert merge.trace(images)[1].macs[0] - discard.trace(images)[1].macs[0] == matching + pooled
 
 
+def test_a_head_without_pooling_answers_for_dropped_places_too():
+    model = reduce(FAMILIES["tokens_out"].build(), (2,), rule="top_k", ratios=(0.5,)).eval()
+    images = FAMILIES["tokens_out"].images(1)
+    logits, trace = model.trace(images)
+    adapter, interpreter = model.adapter, 16 * 32 * 4
+    left = sum(adapter.block_cost(block).macs(adapter.prefix + (16 if block < 2 else 8)) for block in range(adapter.depth))
+    head = logits.shape[1] * 32 * logits.shape[2]  # one answer for every place, dropped or not
+    assert trace.macs[0] == adapter.embed_macs(32, 32) + interpreter + left + head
+
+
 def test_macs_are_counted_image_by_image():
     model = reduce(FAMILIES["deit"].build(), 2).eval()
     for reducer in model.reducers:

@@ -17,7 +17,8 @@ from families import DEPTH, FAMILIES, randomised
 from iared2.errors import ConfigError, HubError, IARED2Error, UnsupportedBackboneError, WeightsError
 from iared2.interpreter import InterpreterConfig
 from iared2.keep import BatchBudget, Given, Threshold, TopK
-from iared2.model import ReducedTransformer, ReductionConfig, even_groups, reduce
+from iared2.model import ReducedTransformer, reduce
+from iared2.reduction import ReductionConfig, even_groups
 from iared2.saving import load_reduced
 from iared2.trace import concatenate
 
@@ -216,8 +217,12 @@ def test_timms_methods_give_what_the_untouched_model_gives_when_all_is_kept(name
             {"output_fmt": "NLC"},
             {"return_prefix_tokens": True},
             {"intermediates_only": True},
+            {"indices": [0, 1], "stop_early": True},
+            {"output_dict": True},
+            {"output_dict": True, "return_prefix_tokens": True, "intermediates_only": True, "indices": 1},
         ):
             got, wanted = model.forward_intermediates(images, **options), backbone.forward_intermediates(images, **options)
+            assert not isinstance(wanted, dict) or set(got) == set(wanted)
             flat = [list(flatten(x)) for x in (got, wanted)]
             assert len(flat[0]) == len(flat[1])
             assert all(g.shape == w.shape and torch.allclose(g, w, atol=2e-5) for g, w in zip(*flat, strict=True)), options
@@ -228,7 +233,7 @@ def flatten(value):
     if isinstance(value, Tensor):
         yield value
     else:
-        for part in value:
+        for part in (value[key] for key in sorted(value)) if isinstance(value, dict) else value:
             yield from flatten(part)
 
 
@@ -236,6 +241,11 @@ def flatten(value):
 def test_intermediates_of_blocks_that_do_not_exist_are_refused(indices):
     with pytest.raises(ConfigError, match="indices"):
         deit().forward_intermediates(FAMILIES["deit"].images(1), indices=indices)
+
+
+def test_an_unknown_format_of_intermediates_is_refused():
+    with pytest.raises(ConfigError, match="output_fmt: got 'NHWC', wanted 'NCHW' or 'NLC'"):
+        deit().forward_intermediates(FAMILIES["deit"].images(1), output_fmt="NHWC")
 
 
 @pytest.mark.parametrize("on_drop", ["discard", "merge"])

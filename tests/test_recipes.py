@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from iared2.errors import ConfigError
+from iared2.errors import ConfigError, WeightsError
 from iared2.model import ReducedTransformer
 from iared2.train.recipes import RECIPES, Recipe, find_recipe, parse_overrides
-from iared2.train.run import run_recipe
+from iared2.train.run import build_backbone, run_recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -133,3 +133,17 @@ def test_training_without_data_says_how_to_name_some(tmp_path: Path) -> None:
     common = {"data": None, "weights": weights, "device": "cpu", "dtype": "float32", "workers": 0, "seed": None}
     with pytest.raises(ConfigError, match="--data FOLDER"):
         run_recipe("paper_deit_small", RUN, output=tmp_path / "run", **common)
+
+
+def test_training_goes_on_from_weights_of_a_coarser_grid(tmp_path: Path) -> None:
+    """The position embeddings are interpolated where the recipe says so; else another shape is refused."""
+    coarse = timm.create_model("iared2_mini_patch8_64").eval()
+    save_file(coarse.state_dict(), tmp_path / "coarse.safetensors")
+    recipe = find_recipe("mini_finer", [f"backbone.weights={tmp_path / 'coarse.safetensors'}", "dense.patch_drop=[]"])
+    fine = build_backbone(recipe).eval()
+    images = torch.rand(1, 3, 96, 96)
+    assert fine.pos_embed.shape == (1, 145, 160)
+    assert torch.allclose(fine(images), coarse(images), atol=1e-5)  # as timm's own interpolation for another input size
+    refused = recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update={"resample_positions": False})})
+    with pytest.raises(WeightsError, match=r"pos_embed has shape \(1, 65, 160\), the model wants \(1, 145, 160\)"):
+        build_backbone(refused)

@@ -161,6 +161,22 @@ def test_warm_start_teaches_the_interpreter_the_wanted_share(tmp_path: Path) -> 
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
 
 
+def test_sharper_imitation_wants_steeper_scores_of_the_same_mean() -> None:
+    """Five times the dot products fit five times the sharpness as well as plain ones fit none, but for the mean's pull."""
+    model = reduce(tiny_run.tiny_backbone(), (2,))
+    batch = next(tiny_run.tiny_feeds().train.epoch(0))
+    plain, sharp = WarmStartTask(model, 0, 0.25), WarmStartTask(model, 0, 0.25, sharpness=5.0)
+    for task in (plain, sharp):
+        task.begin()
+    wanted = plain(batch)["loss"]
+    for parameter in model.reducers[0].interpreter.query.parameters():
+        parameter.data.mul_(5)
+    mean = model.trace(batch["images"])[1].score_GBN[0].mean()
+    pull = (mean - 0.25).square()
+    assert pull > 0.01
+    assert sharp(batch)["loss"].item() == pytest.approx((wanted + pull).item(), abs=1e-5)
+
+
 def test_blocks_task_runs_with_earlier_interpreters_greedy() -> None:
     model = reduce(tiny_run.tiny_backbone(), 2)
     model.reducers[0].rule = Threshold(2.0)  # would drop everything

@@ -35,6 +35,7 @@ def reduced_macs(
         products: whether to count q k^T and weights v.
     """
     total = adapter.embed_macs(*size)
+    rows, columns = adapter.grid(*size)
     pooled = patches  # merged patches are un-merged before the head, so that each counts once there
     after = iter(kept)
     for block in range(adapter.depth):
@@ -46,4 +47,4 @@ def reduced_macs(
         cost = adapter.block_cost(block)
         tokens = adapter.prefix + patches
         total += cost.macs(tokens) if products else tokens * cost.per_token
-    return total + adapter.head_macs(adapter.prefix + pooled)
+    return total + adapter.head_macs(adapter.prefix + pooled, rows * columns)

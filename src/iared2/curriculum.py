@@ -30,7 +30,9 @@ def algorithm_1(groups: int, interpreter_epochs: int, block_epochs: int, warm_st
     plans = []
     for group in range(groups):
         stages: list[tuple[Kind, int]] = [
-            ("warm_start", warm_start_epochs), ("interpreter", interpreter_epochs), ("blocks", block_epochs),
+            ("warm_start", warm_start_epochs),
+            ("interpreter", interpreter_epochs),
+            ("blocks", block_epochs),
         ]
         plans += [StagePlan(kind, group, epochs) for kind, epochs in stages if epochs]
     return tuple(plans)

@@ -1,86 +1,30 @@
-"""The reduced transformer: a backbone walked block by block, with reducers in between. Everything learned lives in reducers."""
+"""The reduced transformer: logits and trace of a walk through a backbone, settings, saving. Everything learned lives in reducers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin
 from jaxtyping import Float
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from iared2 import cost
 from iared2.backbones import adapt
 from iared2.compiling import captures_sizes
 from iared2.errors import ConfigError
+from iared2.features import TimmSurface
 from iared2.handover import OnDrop
 from iared2.interpreter import Interpreter, InterpreterConfig
-from iared2.keep import BatchBudget, KeepRule, Threshold, TopK
 from iared2.reducers.base import Reduction
 from iared2.reducers.iared2 import InterpreterReducer
-from iared2.settings import Settings, explain_validation
-from iared2.tokens.packed import PackedTokens, to_grid
+from iared2.reduction import ReductionConfig, even_groups
+from iared2.settings import explain_validation
 from iared2.trace import Trace
 
 
-class ReductionConfig(Settings):
-    """Where and how a backbone is reduced. Blocks are counted from 0."""
-
-    first_blocks: tuple[int, ...] = Field(description="the block before which each group reduces, ascending")
-    interpreter: InterpreterConfig = InterpreterConfig()
-    rule: Literal["threshold", "top_k", "batch_budget"] = "threshold"
-    thresholds: tuple[float, ...] = Field((), description="one per group; empty means 0.5 everywhere")
-    ratios: tuple[float, ...] = Field((), description="share of the grid kept after each group (top_k, batch_budget)")
-    on_drop: OnDrop = "discard"
-
-    @model_validator(mode="after")
-    def _one_value_per_group(self) -> "ReductionConfig":
-        count = len(self.first_blocks)
-        if not count or list(self.first_blocks) != sorted(set(self.first_blocks)) or self.first_blocks[0] < 0:
-            raise ValueError(f"first_blocks: got {list(self.first_blocks)}, wanted ascending block numbers from 0")
-        if self.thresholds and len(self.thresholds) != count:
-            raise ValueError(f"thresholds: got {len(self.thresholds)}, wanted one for each of {count} groups")
-        if self.rule != "threshold" and len(self.ratios) != count:
-            raise ValueError(f"ratios: got {len(self.ratios)}, wanted one for each of {count} groups")
-        return self
-
-    def keep_rule(self, group: int, spare_best: bool) -> KeepRule:
-        """The keep rule of a group."""
-        if self.rule == "top_k":
-            return TopK(self.ratios[group])
-        if self.rule == "batch_budget":
-            return BatchBudget(self.ratios[group], spare_best)
-        return Threshold(self.thresholds[group] if self.thresholds else 0.5, spare_best)
-
-
-def even_groups(depth: int, groups: int) -> tuple[int, ...]:
-    """The first blocks of `groups` equal groups.
-
-    Raises:
-        ConfigError: the depth is not divisible by the number of groups.
-    """
-    if groups < 1 or depth % groups:
-        divisors = [d for d in range(1, depth + 1) if depth % d == 0]
-        raise ConfigError(
-            f"groups: got {groups}, which does not divide the backbone's {depth} blocks evenly; "
-            f"choose one of {divisors}, or give the first block of each group, e.g. groups=({depth // 3}, {2 * depth // 3})"
-        )
-    return tuple(range(0, depth, depth // groups))
-
-
-@dataclass(frozen=True)
-class State:
-    """A forward pass paused before a block: tokens, the keys of the block before, reductions so far."""
-
-    tokens: PackedTokens
-    key_THK: Float[Tensor, "T H K"] | None
-    block: int
-    reductions: tuple[Reduction, ...] = ()
-
-
-class ReducedTransformer(nn.Module, ModelHubMixin):
+class ReducedTransformer(TimmSurface, ModelHubMixin):
     """A vision transformer that drops patches group by group. Made by `iared2.reduce` or `from_pretrained`.
 
     Example:
@@ -90,9 +34,6 @@ class ReducedTransformer(nn.Module, ModelHubMixin):
         >>> trace.heatmap(1).shape
         torch.Size([1, 14, 14])
     """
-
-    backbone: Any  # timm's attributes are not typed
-    reducers: Any  # an nn.ModuleList of InterpreterReducer
 
     def __init__(self, backbone: nn.Module, config: ReductionConfig) -> None:
         super().__init__()
@@ -114,39 +55,6 @@ class ReducedTransformer(nn.Module, ModelHubMixin):
         self.labels: list[str] | None = None  # class names, where the model knows them
         self.files: tuple[Path, ...] = ()  # the weights files it was loaded from
         self._untouched = _fingerprint(backbone)
-
-    # ---- the walk -------------------------------------------------------------------------------------
-
-    def start(self, images: Float[Tensor, "B C height width"]) -> State:
-        """Pixels -> the state before block 0."""
-        return State(self.adapter.embed(images), None, 0)
-
-    def walk(self, state: State, stop: int, reduce: Sequence[int] | None = None) -> State:
-        """Runs blocks up to (not including) `stop`, with the reducers of the given groups (all by default)."""
-        groups = {b: g for g, b in enumerate(self.config.first_blocks) if reduce is None or g in reduce}
-        done = len(state.reductions)
-        for block in range(state.block, stop):
-            group = groups.get(block)
-            if group is not None and group >= done:
-                state = self.reduce_with(state, group)
-            state = self.run_block(state, block)
-        return state
-
-    def reduce_with(self, state: State, group: int) -> State:
-        """Applies one group's reducer to a paused state."""
-        return self.after_reduction(state, self.reducers[group](state.tokens, state.key_THK))
-
-    def after_reduction(self, state: State, reduction: Reduction) -> State:
-        """The state that goes on after a reduction."""
-        record = replace(reduction, tokens=reduction.tokens.without_x())  # places are remembered, values would only fill memory
-        return replace(state, tokens=reduction.tokens, key_THK=None, reductions=(*state.reductions, record))
-
-    def run_block(self, state: State, block: int) -> State:
-        """One block. Its keys are kept only where the next block's reducer asks for them."""
-        following = block + 1
-        wanted = following in self.config.first_blocks and self.reducers[self.config.first_blocks.index(following)].wants_keys
-        attended = self.adapter.attend(block, state.tokens, wanted)
-        return replace(state, tokens=self.adapter.feed(block, attended.tokens), key_THK=attended.key_THK, block=following)
 
     @captures_sizes
     def forward(self, images: Float[Tensor, "B C height width"]) -> Tensor:
@@ -211,67 +119,6 @@ class ReducedTransformer(nn.Module, ModelHubMixin):
             reducer.rule, reducer.on_drop = config.keep_rule(group, self.adapter.needs_patch), config.on_drop
         self.config = config
 
-    # ---- timm's surface ---------------------------------------------------------------------------------
-
-    def forward_features(self, images: Float[Tensor, "B C height width"]) -> Float[Tensor, "B S D"]:
-        """Normed features on the full grid: prefix tokens, then each place filled by its carrier (zero if gone)."""
-        state = self.walk(self.start(images), self.adapter.depth)
-        return self.adapter.norm(torch.cat(to_grid(state.tokens), dim=1)) * _alive(state.tokens)
-
-    def forward_intermediates(
-        self,
-        images: Float[Tensor, "B C height width"],
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """As timm's: features after chosen blocks (the last n, or by number; all by default), on the full grid."""
-        depth = self.adapter.depth
-        last = depth if indices is None else indices
-        chosen = range(depth - last, depth) if isinstance(last, int) else [i + depth if i < 0 else i for i in last]
-        if not chosen or min(chosen) < 0 or max(chosen) >= depth:
-            raise ConfigError(f"indices: got {indices}, wanted blocks of 0 to {depth - 1}, or how many of the last")
-        state, found = self.start(images), []
-        for block in range(depth):
-            state = self.walk(state, block + 1)
-            if block in chosen:
-                prefix_BLD, patch_BND = to_grid(state.tokens)
-                if norm:
-                    alive_BN1 = (state.tokens.carrier_BN >= 0)[..., None]
-                    prefix_BLD, patch_BND = self.adapter.norm(prefix_BLD), self.adapter.norm(patch_BND) * alive_BN1
-                if output_fmt == "NCHW":
-                    patch_BND = patch_BND.transpose(1, 2).unflatten(2, state.tokens.layout.grid)
-                found.append((patch_BND, prefix_BLD) if return_prefix_tokens and self.adapter.prefix else patch_BND)
-        if intermediates_only:
-            return found
-        return self.adapter.norm(torch.cat(to_grid(state.tokens), dim=1)) * _alive(state.tokens), found
-
-    def forward_head(self, features: Float[Tensor, "B S D"], pre_logits: bool = False) -> Tensor:
-        """The backbone's head on features as `forward_features` gives them."""
-        return self.backbone.forward_head(features, pre_logits=pre_logits)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the backbone's classifier."""
-        self.backbone.reset_classifier(num_classes, global_pool)
-        self.configure()  # another pooling may need a patch where none was needed
-
-    @property
-    def num_features(self) -> int:
-        """Width of the features before the classifier."""
-        return self.backbone.num_features
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the classifier, 0 if there is none."""
-        return self.backbone.num_classes
-
-    @property
-    def pretrained_cfg(self) -> dict[str, Any]:
-        """timm's data configuration, so that `timm.data.resolve_model_data_config(model)` works."""
-        return self.backbone.pretrained_cfg
-
     # ---- taking apart, saving, loading ------------------------------------------------------------------
 
     def unload(self) -> nn.Module:
@@ -325,12 +172,6 @@ def reduce(
     except ValidationError as error:
         raise explain_validation(error) from None
     return ReducedTransformer(backbone, config)
-
-
-def _alive(tokens: PackedTokens) -> Float[Tensor, "B S 1"]:
-    """One where a feature stands, zero where the patch is gone: a norm would turn zeros into its bias."""
-    alive_BN = (tokens.carrier_BN >= 0).to(tokens.x_TD.dtype)
-    return torch.nn.functional.pad(alive_BN, (tokens.layout.prefix, 0), value=1.0)[..., None]
 
 
 def _fingerprint(module: nn.Module) -> tuple[tuple[str, float, float], ...]:

@@ -22,12 +22,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import nn
 
 from iared2 import assets
 from iared2.errors import ConfigError, HubError, WeightsError
-from iared2.model import ReducedTransformer, ReductionConfig
+from iared2.model import ReducedTransformer
+from iared2.reduction import ReductionConfig
 from iared2.settings import explain_validation
 
 SCHEMA = 1
@@ -231,14 +232,20 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise WeightsError(f"{path}: not a readable safetensors file ({_first_line(error)}); fetch it again") from None
 
 
-def load_tensors(module: nn.Module, path: Path) -> None:
+def load_tensors(module: Any, path: Path, resample_positions: bool = False) -> None:
     """Loads a safetensors file strictly, casting to the module's dtype.
+
+    Args:
+        resample_positions: interpolate position embeddings of another grid (timm's ViTs only).
 
     Raises:
         WeightsError: the file is missing, damaged, or made for another model.
     """
     tensors = read_tensors(path)
     wanted = module.state_dict()
+    if resample_positions and "pos_embed" in wanted and "pos_embed" in tensors:
+        grid, prefix = module.patch_embed.grid_size, 0 if module.no_embed_class else module.num_prefix_tokens
+        tensors["pos_embed"] = resample_abs_pos_embed(tensors["pos_embed"].float(), list(grid), num_prefix_tokens=prefix)
     missing, surplus = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or surplus:
         parts = [f"lacks {missing[0]!r} and {len(missing) - 1} more"] if missing else []

@@ -105,8 +105,8 @@ class BackboneAdapter(ABC):
         """The cost of one block."""
 
     @abstractmethod
-    def head_macs(self, tokens: int) -> int:
-        """Multiply-adds of everything after the last block for an image of `tokens` tokens."""
+    def head_macs(self, tokens: int, places: int) -> int:
+        """Multiply-adds of everything after the last block for an image of `tokens` tokens on a grid of `places`."""
 
     @abstractmethod
     def frozen_parameters(self) -> set[str]:
@@ -149,7 +149,8 @@ def adapt(module: nn.Module) -> BackboneAdapter:
             return adapter(module)
         tried.append(f"{name}: {reason}")
     raise UnsupportedBackboneError(
-        f"no adapter for a backbone of class {type(module).__name__}. Tried " + "; ".join(tried)
+        f"no adapter for a backbone of class {type(module).__name__}. Tried "
+        + "; ".join(tried)
         + ". docs/architecture.md, 'Writing an adapter', shows how to add one"
     )
 

@@ -1,4 +1,7 @@
-"""The small plain ViT behind the embedded model, registered with timm as `iared2_mini_patch8_64`.
+"""The small plain ViT behind the embedded model, registered with timm for two input sizes.
+
+`iared2_mini_patch8_64` sees 64x64 pixels in 8x8 tokens, `iared2_mini_patch8_96` sees 96x96 in 12x12; both have
+the same weights but for the positions, so training starts on the cheap one and ends on the fine one.
 
 A convolutional stem (Xiao et al. 2021, "Early Convolutions Help Transformers See Better") takes the place
 of the linear patch embedding: it costs little and lets a ViT learn from 100,000 small pictures. The blocks
@@ -41,28 +44,26 @@ def _stem_embed(in_chans: int = 3, **kwargs: Any) -> HybridEmbed:
     return HybridEmbed(PatchStem(in_chans), in_chans=in_chans, **kwargs)
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "iared2_mini_patch8_64": {
-            "input_size": (3, 64, 64),
-            "num_classes": 200,
-            "fixed_input_size": False,
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-            "first_conv": "patch_embed.backbone.conv1",
-            "classifier": "head",
-        }
+def _cfg(size: int) -> dict[str, Any]:
+    return {
+        "input_size": (3, size, size),
+        "num_classes": 200,
+        "fixed_input_size": False,
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "patch_embed.backbone.conv1",
+        "classifier": "head",
     }
-)
 
 
-@register_model
-def iared2_mini_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Depth 12, width 160, 5 heads, 8x8 tokens from 64x64 pixels; other sizes by interpolated positions."""
+default_cfgs = generate_default_cfgs({"iared2_mini_patch8_64": _cfg(64), "iared2_mini_patch8_96": _cfg(96)})
+
+
+def _mini(name: str, size: int, pretrained: bool, kwargs: dict[str, Any]) -> VisionTransformer:
     settings: dict[str, Any] = {
-        "img_size": 64,
+        "img_size": size,
         "patch_size": 8,
         "embed_dim": 160,
         "depth": 12,
@@ -71,4 +72,16 @@ def iared2_mini_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionTran
         "dynamic_img_size": True,
         "embed_layer": partial(_stem_embed),
     }
-    return build_model_with_cfg(VisionTransformer, "iared2_mini_patch8_64", pretrained, **{**settings, **kwargs})
+    return build_model_with_cfg(VisionTransformer, name, pretrained, **{**settings, **kwargs})
+
+
+@register_model
+def iared2_mini_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """Depth 12, width 160, 5 heads, 8x8 tokens from 64x64 pixels; other sizes by interpolated positions."""
+    return _mini("iared2_mini_patch8_64", 64, pretrained, kwargs)
+
+
+@register_model
+def iared2_mini_patch8_96(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """The same with 12x12 tokens from 96x96 pixels."""
+    return _mini("iared2_mini_patch8_96", 96, pretrained, kwargs)

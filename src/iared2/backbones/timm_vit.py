@@ -151,7 +151,7 @@ class TimmViTAdapter(BackboneAdapter):
         pairs = sum(_pair_macs(attention) for attention in _attentions(module)) or _pair_macs(module)
         return BlockCost(_linear_macs(module), pairs)
 
-    def head_macs(self, tokens: int) -> int:
+    def head_macs(self, tokens: int, places: int) -> int:
         module = self.module
         pool = 0
         if module.attn_pool is not None:
@@ -161,7 +161,7 @@ class TimmViTAdapter(BackboneAdapter):
             queries = getattr(module.attn_pool, "latent_len", pooled)
             pool = pooled * token_wise + once + 2 * queries * pooled * self.width
         heads = [module.head] + ([module.head_dist] if hasattr(module, "head_dist") else [])
-        answers = tokens if module.global_pool == "" else 1
+        answers = self.prefix + places if module.global_pool == "" else 1  # without pooling every place gets an answer
         return pool + answers * sum(_linear_macs(head) for head in heads)
 
     def frozen_parameters(self) -> set[str]:

@@ -68,5 +68,3 @@ def class_words(folder: Path) -> dict[str, str]:
     """WordNet id -> words, from `words.txt`."""
     lines = (folder / "words.txt").read_text().splitlines()
     return {wnid: words for wnid, _, words in (line.partition("\t") for line in lines) if words}
-
-

@@ -25,10 +25,11 @@ from iared2.errors import ConfigError, DataError
 from iared2.evaluate.machine import describe_machine, synchronise, versions
 from iared2.evaluate.report import SCHEMA, EvalReport, Row, SourceRow, check_writable, write_json
 from iared2.evaluate.tally import Outcome, Tally
-from iared2.model import ReducedTransformer, State
+from iared2.model import ReducedTransformer
 from iared2.runtime import pick_device, precision
 from iared2.saving import load_reduced
 from iared2.trace import Trace
+from iared2.walk import State
 
 logger = logging.getLogger("iared2.evaluate")
 

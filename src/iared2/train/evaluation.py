@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from iared2.model import ReducedTransformer, State
+from iared2.model import ReducedTransformer
 from iared2.train.trainer import Batches
+from iared2.walk import State
 
 
 @torch.inference_mode()

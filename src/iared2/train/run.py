@@ -109,7 +109,7 @@ def build_backbone(recipe: Recipe) -> nn.Module:
         if not timm.is_model(name):
             raise ConfigError(f"backbone.model: timm has no model {name!r}; `iared2 models` lists what can be loaded")
         backbone = timm.create_model(name, **arguments)
-        load_tensors(backbone, Path(settings.weights))
+        load_tensors(backbone, Path(settings.weights), settings.resample_positions)
         return backbone
     if recipe.dense is not None:
         return timm.create_model(name, **arguments)
@@ -145,7 +145,8 @@ def build_stage(plan: StagePlan, model: ReducedTransformer, settings: ReductionS
     """One stage of the curriculum with its task, optimiser and held-out figures."""
     task: Task
     if plan.kind == "warm_start":
-        task = WarmStartTask(model, plan.group, settings.warm_start_ratios[plan.group], settings.cache_prefix)
+        ratio, sharpness = settings.warm_start_ratios[plan.group], settings.warm_start_sharpness
+        task = WarmStartTask(model, plan.group, ratio, sharpness, settings.cache_prefix)
         optim = settings.warm_start_optim
     elif plan.kind == "interpreter":
         task = InterpreterTask(model, plan.group, settings.reward, settings.entropy_bonus, settings.cache_prefix)

@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iared2.keep import Sampled, Threshold
-from iared2.model import ReducedTransformer, State
+from iared2.model import ReducedTransformer
 from iared2.reducers.base import Reduction
 from iared2.reducers.iared2 import InterpreterReducer
 from iared2.reward import RewardConfig, entropy, log_probability, policy_gradient_loss, reward
 from iared2.tokens.packed import Layout, join, split
 from iared2.train.trainer import Task
+from iared2.walk import State
 
 
 class GroupTask(Task):

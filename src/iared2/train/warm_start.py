@@ -14,17 +14,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iared2.keep import share_of
-from iared2.model import ReducedTransformer, State
+from iared2.model import ReducedTransformer
 from iared2.tokens.packed import scatter_places
 from iared2.train.tasks import GroupTask, ScoringTask
+from iared2.walk import State
 
 
 class WarmStartTask(ScoringTask):
-    """Binary cross-entropy towards the patches with the most evidence: the best `ratio` of the grid, per image."""
+    """Binary cross-entropy towards the patches with the most evidence: the best `ratio` of the grid, per image.
 
-    def __init__(self, model: ReducedTransformer, group: int, ratio: float, cache: bool = False) -> None:
+    Args:
+        ratio: share of the grid that counts as wanted.
+        sharpness: scores are this many times as steep as the chance that a patch is wanted. At 1 a score is that
+            chance; most patches are hard to call, so scores then crowd around the threshold. If it is above 1,
+            the mean score is pulled to `ratio`, since steep scores no longer have the mean of their targets.
+    """
+
+    def __init__(self, model: ReducedTransformer, group: int, ratio: float, sharpness: float = 1.0, cache: bool = False) -> None:
         super().__init__(model, group, cache)
-        self.ratio = ratio
+        self.ratio, self.sharpness = ratio, sharpness
         self._evidence: dict[int, Tensor] = {}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -35,8 +43,12 @@ class WarmStartTask(ScoringTask):
         count = share_of(self.ratio, layout.places)
         best = evidence_BN.masked_fill(~here_BN, float("-inf")).topk(count, dim=1).indices
         wanted_BN = torch.zeros_like(evidence_BN).scatter_(1, best, 1.0)
-        score_BN = scatter_places(self.reducer.interpreter(state.tokens), layout)
-        loss = F.binary_cross_entropy(score_BN[here_BN], wanted_BN[here_BN])
+        logit_TH = self.reducer.interpreter.logits(state.tokens)
+        score_BN = scatter_places(logit_TH.sigmoid().mean(-1), layout)
+        chance_BN = scatter_places((logit_TH / self.sharpness).sigmoid().mean(-1), layout)
+        loss = F.binary_cross_entropy(chance_BN[here_BN], wanted_BN[here_BN])
+        if self.sharpness > 1:
+            loss = loss + (score_BN.mean() - self.ratio).square()
         agree = ((score_BN > 0.5) == (wanted_BN > 0.5))[here_BN].float().mean()
         keep_ratio = ((score_BN > 0.5) & here_BN).float().mean()
         return {"loss": loss, "agreement": agree, "keep_ratio": keep_ratio}
