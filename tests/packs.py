@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from iared2.tokens.packed import GONE, Layout, PackedTokens
+from iared2.tokens.packed import Layout, PackedTokens
 
 GRID = (3, 4)
 PLACES = 12
@@ -30,8 +30,7 @@ def make_pack(
     """A pack of random tokens at the given places; all other places are gone."""
     layout = make_layout(kept, prefix, uniform=uniform)
     x_TD = torch.randn(len(layout.image_T), width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    carrier_BN = torch.tensor([[p if p in places else GONE for p in range(PLACES)] for places in kept])
-    return PackedTokens(x_TD, layout, None, carrier_BN)
+    return PackedTokens(x_TD, layout)
 
 
 def lengths_layout(lengths: list[int]) -> Layout:

@@ -95,7 +95,7 @@ def test_reduced_models_cost_what_runs(name, policy):
     _, trace = model.trace(family.images(2))
     kept = tuple(share_of(r, 16) for r in ratios)
     entering = (16, kept[0])
-    scoring = sum(n * 32 * 4 if policy == "learned" else n * 32 * 32 + 32 * 32 + n * 32 for n in entering)
+    scoring = sum(n * 32 * 4 + (0 if policy == "learned" else 2 * 32 * 32) for n in entering)
     backbone.to("meta").requires_grad_(False)
     assert trace.macs == (counted(shortened(model, kept), 1, 3, 32, 32) + scoring,) * 2
     assert trace.dense_macs == counted(backbone, 1, 3, 32, 32)

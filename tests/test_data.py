@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from iared2.data import sources
-from iared2.data.arrays import ImageArrays
+from iared2.data.arrays import ImageArrays, with_views
 from iared2.data.images import LabelledImages
 from iared2.data.labels import check_labels, match_classes, model_class_ids
 from iared2.data.sources import open_data
@@ -255,3 +255,18 @@ def test_tiny_imagenet_under_other_models(mosaics):
     assert open_data(folder, classes=[GOLDFISH, SHARK]).labels[:4].tolist() == [1, 0, 1, 0]
     with pytest.raises(DataError, match="wanted 'train' or 'val'"):
         open_data(folder, "other")
+
+
+def test_fixed_views_are_crops_of_their_pictures_and_reproducible():
+    draw = torch.Generator().manual_seed(0)
+    flat = torch.randint(0, 255, (5, 1, 1, 3), generator=draw, dtype=torch.uint8).expand(5, 16, 16, 3).contiguous()
+    ramp = torch.arange(16, dtype=torch.uint8).mul(10)[None, None, :, None].expand(5, 16, 16, 3).contiguous()
+    many = with_views(ImageArrays(flat, torch.arange(5), list("abcde")), 3, 0.4, seed=1)
+    assert many.labels.tolist() == [0, 1, 2, 3, 4] * 4 and list(many.names) == list("abcde") * 4
+    assert (many.pixels.int() - flat.repeat(4, 1, 1, 1).int()).abs().max() <= 1  # a crop of one colour is that colour
+    crops = with_views(ImageArrays(ramp, torch.arange(5)), 3, 0.4, seed=1).pixels
+    assert torch.equal(crops[:5], ramp)  # the pictures themselves come first
+    spans = (crops[5:, 8, :, 0].int().amax(1) - crops[5:, 8, :, 0].int().amin(1)).float()
+    assert spans.max() <= 150 and 60 < spans.min() < 130 and spans.std() > 5  # parts of the ramp, of different sizes
+    assert torch.equal(crops, with_views(ImageArrays(ramp, torch.arange(5)), 3, 0.4, seed=1).pixels)
+    assert not torch.equal(crops, with_views(ImageArrays(ramp, torch.arange(5)), 3, 0.4, seed=2).pixels)

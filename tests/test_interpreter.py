@@ -1,5 +1,7 @@
 """Eq. 1: folded equals unfolded, both policies, and where training starts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -31,10 +33,13 @@ def random_interpreter(config: InterpreterConfig, width: int = 8, heads: int = 2
     scale=st.booleans(),
     heads=st.sampled_from([1, 2, 4, 8]),
     seed=st.integers(0, 99),
+    ragged=st.booleans(),
 )
-def test_scores_are_equation_1(dtype, policy, norm, scale, heads, seed):
+def test_scores_are_equation_1(dtype, policy, norm, scale, heads, seed, ragged):
     interpreter = random_interpreter(InterpreterConfig(policy=policy, norm=norm, scale=scale), heads=heads, seed=seed).to(dtype)
-    tokens = make_pack(KEPT, prefix=2, width=8, dtype=dtype, seed=seed)
+    tokens = make_pack(KEPT if ragged else [[0, 3, 4], [1, 2, 5]], prefix=2, width=8, dtype=dtype, seed=seed)
+    if not ragged:
+        tokens = replace(tokens, layout=replace(tokens.layout, uniform=5))
     score_T = interpreter(tokens)
     assert score_T.shape == (len(tokens.x_TD),) and score_T.min() >= 0 and score_T.max() <= 1
     exact = random_interpreter(interpreter.config, heads=heads, seed=seed).double()
@@ -54,7 +59,7 @@ def test_folding_needs_one_weight_per_head_and_channel():
     weight_HD, bias_H = interpreter.folded()
     assert weight_HD.shape == (2, 8) and bias_H.shape == (2,)
     assert interpreter.macs(10) == 10 * 8 * 2
-    assert random_interpreter(InterpreterConfig(policy="class")).macs(10) == 10 * 8 * 8 + 8 * 8 + 10 * 8
+    assert random_interpreter(InterpreterConfig(policy="class")).macs(10) == 10 * 8 * 2 + 2 * 8 * 8
 
 
 @pytest.mark.parametrize("policy", ["learned", "class"])
@@ -127,3 +132,38 @@ def test_folding_is_remembered_in_inference_and_follows_the_weights():
     assert interpreter._folded_once()[0].requires_grad
     interpreter.train()
     assert interpreter._kept is None
+
+
+@pytest.mark.parametrize("name", ["deit", "dinov2_reg"])
+def test_an_interpreter_can_start_as_the_class_attention_of_its_block(name):
+    """Softmax over an image of its dot products is the attention that the class token pays to the patches there."""
+    backbone = FAMILIES[name].build()
+    for parameter in backbone.parameters():  # away from norms of one and biases of zero
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    model = reduce(backbone, (1,), interpreter=InterpreterConfig(policy="class", start="attention")).eval()
+    images = FAMILIES[name].images(2)
+    with torch.no_grad():
+        tokens = model.walk(model.start(images), 1).tokens
+        got = model.reducers[0].interpreter.logits(tokens).view(2, -1, model.adapter.heads)
+        block = backbone.blocks[1]
+        x = block.norm1(tokens.x_TD.view(2, tokens.layout.uniform, -1))
+        q, k, _ = block.attn.qkv(x).unflatten(2, (3, model.adapter.heads, -1)).unbind(2)
+        wanted = torch.einsum("bhk,bshk->bsh", q[:, 0], k) * block.attn.scale
+    assert torch.allclose(got, wanted, atol=1e-4)
+
+
+def test_starting_as_attention_needs_the_class_policy_and_a_plain_block():
+    with pytest.raises(ConfigError, match=r"needs policy='class'.*got policy='learned'"):
+        reduce(FAMILIES["deit"].build(), 2, interpreter=InterpreterConfig(start="attention"))
+    with pytest.raises(ConfigError, match="block 0 has no plain attention to start from"):
+        reduce(FAMILIES["parallel_things"].build(), 2, interpreter=InterpreterConfig(policy="class", start="attention"))
+
+
+@pytest.mark.parametrize("policy", ["learned", "class"])
+def test_scores_can_be_moved_to_a_wanted_share(policy):
+    interpreter = random_interpreter(InterpreterConfig(policy=policy), width=32)
+    tokens = make_pack([list(range(12))] * 30, prefix=1, width=32, dtype=torch.float32)
+    for ratio in (0.25, 0.7):
+        interpreter.shift_to(ratio, tokens)
+        share = (interpreter.logits(tokens)[tokens.layout.is_patch_T] > 0).float().mean(0)
+        assert torch.allclose(share, torch.tensor(ratio).expand(2), atol=0.15 if policy == "class" else 0.01)

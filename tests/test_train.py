@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ from iared2.model import reduce
 from iared2.reward import RewardConfig
 from iared2.tokens.packed import scatter_places
 from iared2.train.checkpoint import Place, latest_checkpoint, save_checkpoint
+from iared2.train.feeds import Feeds
 from iared2.train.optim import OptimSettings, schedule_factor
-from iared2.train.run import build_stage
+from iared2.train.run import _train_reduction, build_stage
 from iared2.train.tasks import BlocksTask, InterpreterTask
 from iared2.train.trainer import RunSettings, Stage, Task, Trainer
 from iared2.train.warm_start import WarmStartTask, mass_evidence
@@ -120,8 +122,6 @@ def test_evidence_is_the_derivative_by_mass() -> None:
     evidence_BN = scatter_places(mass_evidence(task, state), state.tokens.layout)
 
     def log_p(place: int, mass: float) -> torch.Tensor:
-        from dataclasses import replace
-
         mass_T = torch.where(state.tokens.layout.origin_T == place, mass, 1.0).double()
         heavy = replace(state, tokens=replace(state.tokens, mass_T=mass_T))
         return model.adapter.head(model.walk(heavy, 4, reduce=()).tokens).log_softmax(1).amax(1)
@@ -175,6 +175,43 @@ def test_sharper_imitation_wants_steeper_scores_of_the_same_mean() -> None:
     pull = (mean - 0.25).square()
     assert pull > 0.01
     assert sharp(batch)["loss"].item() == pytest.approx((wanted + pull).item(), abs=1e-5)
+
+
+def test_a_soft_reward_is_the_degree_of_agreement_with_the_dense_model() -> None:
+    model = reduce(tiny_run.tiny_backbone(), (2,)).eval()
+    batch = next(tiny_run.tiny_feeds().held_out.epoch(0))
+    task = InterpreterTask(model, 0, RewardConfig(target="dense", soft=True, error_penalty=2.0))
+    state = task.frozen_prefix(batch)
+    scores = torch.rand(len(state.tokens.x_TD))
+    for threshold in (-1.0, 0.5, 2.0):
+        with torch.no_grad():
+            reduction = task.reducer.apply_rule(Threshold(threshold), scores, state.tokens, state.key_THK)
+            got = task._reward(state, reduction, task.dense_log_p(batch))
+            p, q = model.backbone(batch["images"]).softmax(1), task.finish(state, reduction).softmax(1)
+        degree = torch.exp(-(p * (p / q).log()).sum(1))
+        kept = reduction.kept_B / 16
+        assert torch.allclose(got, degree * (1 - kept**2) - 2 * (1 - degree), atol=1e-5)
+    with pytest.raises(ValueError, match="a degree of agreement needs the dense model"):
+        RewardConfig(soft=True)
+
+
+def test_blocks_can_be_distilled_from_the_dense_model_as_it_was(tmp_path: Path) -> None:
+    """Labels that are wrong throughout do no harm, and the teacher is neither trained nor saved."""
+    recipe = tiny_run.tiny_recipe(block_target="dense", block_epochs=2, warm_start_epochs=0)
+    backbone = tiny_run.tiny_backbone()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    feeds = tiny_run.tiny_feeds()
+    wrong = replace(feeds.train, arrays=replace(feeds.train.arrays, labels=(feeds.train.arrays.labels + 1) % 4))
+    run = RunSettings(tmp_path, "x", log_every=1)
+    model = _train_reduction(recipe.reduction, backbone, Feeds(wrong, None), run, Accelerator(cpu=True))
+    dense = tiny_run.tiny_backbone().eval()
+    dense.load_state_dict(before)
+    images = torch.cat([batch["images"] for batch in feeds.held_out.epoch(0)])
+    with torch.no_grad():
+        agree = (model(images).argmax(1) == dense(images).argmax(1)).float().mean()
+    assert agree > 0.8
+    assert any(not torch.equal(before[name], value) for name, value in model.backbone.state_dict().items())
+    assert not any("teacher" in name for name in load_file(latest_checkpoint(tmp_path) / "model.safetensors"))
 
 
 def test_blocks_task_runs_with_earlier_interpreters_greedy() -> None:

@@ -36,7 +36,10 @@ def carriers(features_TF: Float[Tensor, "T F"], tokens: PackedTokens, chosen: Se
     stays_T = torch.zeros_like(layout.is_patch_T).index_fill(0, chosen.index_S, True)
     if layout.uniform is not None and chosen.uniform is not None:
         return _match_uniform(unit_TF, stays_T, layout.uniform, layout.prefix, chosen)
-    return torch.ops.iared2.match(unit_TF, stays_T, layout.is_patch_T, layout.cu_B1, layout.longest)
+    if torch.compiler.is_compiling():
+        return torch.ops.iared2.match(unit_TF, stays_T, layout.is_patch_T, layout.cu_B1, layout.longest)
+    offsets = layout.offsets if unit_TF.device.type == "cpu" else None  # elsewhere the host would have to wait for them
+    return _match(unit_TF, stays_T, layout.is_patch_T, layout.cu_B1, layout.longest, offsets)
 
 
 def _match_uniform(unit_TF: Tensor, stays_T: Tensor, length: int, prefix: int, chosen: Selection) -> Tensor:
@@ -52,16 +55,21 @@ def _match_uniform(unit_TF: Tensor, stays_T: Tensor, length: int, prefix: int, c
     return torch.where(stays_T, itself_T, nearest_BS.reshape(-1))
 
 
-@torch.library.custom_op("iared2::match", mutates_args=())
-def _match_op(unit_TF: Tensor, stays_T: Tensor, is_patch_T: Tensor, cu_B1: Tensor, longest: int) -> Tensor:
+def _match(unit_TF: Tensor, stays_T: Tensor, is_patch_T: Tensor, cu_B1: Tensor, longest: int, offsets: list[int] | None = None) -> Tensor:
     """Nearest kept patch within each image; a choice, so no gradient flows through it."""
     itself_T = torch.arange(unit_TF.shape[0], device=unit_TF.device)
     candidate_T = stays_T & is_patch_T
     if unit_TF.device.type == "cpu":
-        nearest_T = _match_by_image(unit_TF, stays_T, candidate_T, cu_B1.tolist())
+        nearest_T = _match_by_image(unit_TF, stays_T, candidate_T, cu_B1.tolist() if offsets is None else offsets)
     else:
         nearest_T = _match_padded(unit_TF, candidate_T, cu_B1, longest)
     return torch.where(stays_T, itself_T, nearest_T)
+
+
+@torch.library.custom_op("iared2::match", mutates_args=())
+def _match_op(unit_TF: Tensor, stays_T: Tensor, is_patch_T: Tensor, cu_B1: Tensor, longest: int) -> Tensor:
+    """`_match` as one opaque operator, so that compiled graphs need not know the lengths."""
+    return _match(unit_TF, stays_T, is_patch_T, cu_B1, longest)
 
 
 @_match_op.register_fake

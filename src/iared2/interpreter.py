@@ -11,6 +11,7 @@
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -32,6 +33,7 @@ class InterpreterConfig(Settings):
     norm: bool = Field(True, description="LayerNorm without parameters before the projections")
     scale: bool = Field(True, description="divide the dot product by sqrt(head width)")
     init_score: float = Field(0.9, gt=0, lt=1, description="mean score before training")
+    start: Literal["small", "attention"] = Field("small", description="random weights, or the class attention of the group's block")
 
     @classmethod
     def paper(cls) -> "InterpreterConfig":
@@ -39,11 +41,24 @@ class InterpreterConfig(Settings):
         return cls(norm=False, scale=False, init_score=0.5)
 
 
+@dataclass(frozen=True)
+class QueryKey:
+    """Query and key side of an attention layer, on tokens normalised without parameters."""
+
+    query_weight_DD: Float[Tensor, "D D"]
+    query_bias_D: Float[Tensor, " D"]
+    key_weight_DD: Float[Tensor, "D D"]
+    key_bias_D: Float[Tensor, " D"]
+    heads: int
+    scale: float
+
+
 class Interpreter(nn.Module):
     """Scores every row of a pack (prefix rows too; keep rules ignore those).
 
-    With a learned policy token the key is a constant, so query and key fold into one (D, H) matrix: the same
-    scores for D x H instead of D x D multiply-adds per token, in training and inference alike.
+    Query and key fold into one (D, H) matrix, because (F_q x) . k = x . (F_q^T k): the same scores for D x H
+    instead of D x D multiply-adds per token, in training and inference alike. With a learned policy token there
+    is one such matrix; with the class token as policy, one for each image, at 2 D^2.
     """
 
     def __init__(self, width: int, heads: int, config: InterpreterConfig) -> None:
@@ -68,6 +83,47 @@ class Interpreter(nn.Module):
         for linear, sign in ((self.query, 1.0), (self.key, math.copysign(1.0, logit))):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.constant_(linear.bias, sign * each)
+
+    @torch.no_grad()
+    def start_from(self, attention: QueryKey) -> None:
+        """Starts as the class attention of a block, before its softmax: query and key of Eq. 1 are the block's own.
+
+        Raises:
+            ConfigError: the interpreter has a learned policy token, or other heads than the attention.
+        """
+        if self.policy_token is not None or not self.config.norm or attention.heads != self.heads:
+            raise ConfigError(
+                f"interpreter: start='attention' needs policy='class', norm=true and the {attention.heads} heads of the backbone; "
+                f"got policy={self.config.policy!r}, norm={self.config.norm}, {self.heads} heads"
+            )
+        factor = attention.scale / self._scale
+        # Patches are the keys of attention and the queries of Eq. 1, the class token the other way round.
+        self.query.weight.copy_(attention.key_weight_DD * factor)
+        self.query.bias.copy_(attention.key_bias_D * factor)
+        self.key.weight.copy_(attention.query_weight_DD)
+        self.key.bias.copy_(attention.query_bias_D)
+
+    @torch.no_grad()
+    def sharpen(self, factor: float) -> None:
+        """Makes every dot product `factor` times as large."""
+        self.query.weight.mul_(factor)
+        self.query.bias.mul_(factor)
+
+    @torch.no_grad()
+    def shift_to(self, ratio: float, tokens: PackedTokens) -> None:
+        """Moves each head's dot products by a constant, so that `ratio` of the grid scores above one half on these tokens."""
+        layout = tokens.layout
+        logit_PH = self.logits(tokens)[layout.is_patch_T]
+        share = min(1.0, ratio * layout.places * layout.images / len(logit_PH))
+        ranked_PH = logit_PH.sort(dim=0, descending=True).values
+        last = min(len(logit_PH) - 1, max(1, round(share * len(logit_PH))))
+        offset_H = -(ranked_PH[last - 1] + ranked_PH[last]) / (2 * self._scale)
+        x_TD = F.layer_norm(tokens.x_TD, (self.width,)) if self.config.norm else tokens.x_TD
+        policy = self.policy_token if self.policy_token is not None else x_TD[layout.cu_B1[:-1].long()]
+        mean_HK = self.key(policy).view(-1, self.heads, self.width // self.heads).mean(0)
+        # A bias on the query side adds bias . key: along the mean key it is the wanted constant, on average.
+        step_HK = offset_H.to(mean_HK.dtype)[:, None] * mean_HK / mean_HK.square().sum(-1, keepdim=True)
+        self.query.bias.add_(step_HK.reshape(-1))
 
     def folded(self) -> tuple[Float[Tensor, "H D"], Float[Tensor, " H"]]:
         """Query and key as one linear map per head (learned policy token only)."""
@@ -103,14 +159,19 @@ class Interpreter(nn.Module):
             return _at_least_fp32(F.linear(x_TD, weight_HD.to(x_TD.dtype), bias_H.to(x_TD.dtype)))
         layout = tokens.layout
         key_BHK = self.key(x_TD[layout.cu_B1[:-1].long()]).view(-1, self.heads, self.width // self.heads)
-        query_THK = self.query(x_TD).view(-1, self.heads, self.width // self.heads)
-        return _at_least_fp32((query_THK * key_BHK[layout.image_T]).sum(-1)) * self._scale
+        query_HKD = self.query.weight.to(x_TD.dtype).view(self.heads, -1, self.width)
+        weight_BHD = torch.einsum("bhk,hkd->bhd", key_BHK, query_HKD)
+        bias_BH = (key_BHK * self.query.bias.to(x_TD.dtype).view(self.heads, -1)).sum(-1)
+        if layout.uniform is not None:
+            product = torch.bmm(x_TD.view(layout.images, layout.uniform, -1), weight_BHD.transpose(1, 2)).reshape(-1, self.heads)
+        else:  # head by head: (T, H, D) at once would be large
+            product = torch.stack([(x_TD * weight_BHD[:, h][layout.image_T]).sum(-1) for h in range(self.heads)], dim=-1)
+        return _at_least_fp32(product + bias_BH[layout.image_T]) * self._scale
 
     def macs(self, patches: int) -> int:
         """Multiply-adds for scoring `patches` patch tokens of one image at inference."""
-        if self.policy_token is not None:
-            return patches * self.width * self.heads
-        return patches * self.width * self.width + self.width * self.width + patches * self.width
+        each = patches * self.width * self.heads
+        return each if self.policy_token is not None else each + 2 * self.width * self.width
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

@@ -171,7 +171,14 @@ def reduce(
         config = ReductionConfig.model_validate(values)
     except ValidationError as error:
         raise explain_validation(error) from None
-    return ReducedTransformer(backbone, config)
+    model = ReducedTransformer(backbone, config)
+    if config.interpreter.start == "attention":
+        for block, reducer in zip(first_blocks, model.reducers, strict=True):
+            attention = adapter.class_attention(block)
+            if attention is None:
+                raise ConfigError(f"interpreter: block {block} has no plain attention to start from; use start='small'")
+            reducer.interpreter.start_from(attention)
+    return model
 
 
 def _fingerprint(module: nn.Module) -> tuple[tuple[str, float, float], ...]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,21 +21,30 @@ class RewardConfig(Settings):
     error_penalty: float = Field(1.5, description="tau of Eq. 2")
     shape: Literal["square", "linear"] = Field("square", description="power of the kept share in Eq. 2")
     target: Literal["label", "dense"] = Field("label", description="correct = the label, or the dense model's prediction")
+    soft: bool = Field(False, description="with target=dense: correct to the degree exp(-KL to the dense model), not yes or no")
     patches: Literal["input", "group"] = Field("input", description="N of Eq. 2: the image's patches, or those entering the group")
+
+    @model_validator(mode="after")
+    def _degrees_need_the_dense_model(self) -> "RewardConfig":
+        if self.soft and self.target != "dense":
+            raise ValueError("soft: a degree of agreement needs the dense model; set target=dense")
+        return self
 
 
 def reward(
-    correct_B: Bool[Tensor, " B"], kept_B: Int[Tensor, " B"], patches_B: Int[Tensor, " B"], config: RewardConfig
+    correct_B: Bool[Tensor, " B"] | Float[Tensor, " B"], kept_B: Int[Tensor, " B"], patches_B: Int[Tensor, " B"], config: RewardConfig
 ) -> Float[Tensor, " B"]:
     """Eq. 2 for each image.
 
     Args:
+        correct_B: true or 1 where the prediction is correct, 0 where not; a degree in between gives the mean of the two cases.
         kept_B: |u|_0, the patches that the interpreter keeps.
         patches_B: N.
     """
     share = kept_B / patches_B.clamp(min=1)
     cost = share.square() if config.shape == "square" else share
-    return torch.where(correct_B, 1 - cost, -config.error_penalty)
+    degree = correct_B.to(cost.dtype)
+    return degree * (1 - cost) - (1 - degree) * config.error_penalty
 
 
 def log_probability(score_T: Float[Tensor, " T"], keep_T: Bool[Tensor, " T"]) -> Float[Tensor, " T"]:

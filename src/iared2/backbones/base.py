@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from iared2.errors import UnsupportedBackboneError
+from iared2.interpreter import QueryKey
 from iared2.tokens.packed import Layout, PackedTokens
 
 logger = logging.getLogger("iared2")
@@ -107,6 +108,11 @@ class BackboneAdapter(ABC):
     @abstractmethod
     def head_macs(self, tokens: int, places: int) -> int:
         """Multiply-adds of everything after the last block for an image of `tokens` tokens on a grid of `places`."""
+
+    def class_attention(self, block: int) -> QueryKey | None:
+        """Query and key side of a block's attention, norm folded in; None where they cannot be had so plainly."""
+        del block
+        return None
 
     @abstractmethod
     def frozen_parameters(self) -> set[str]:

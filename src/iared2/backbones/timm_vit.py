@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iared2.backbones.base import Attended, BackboneAdapter, BlockCost, drop_path_per_image, register_adapter
 from iared2.errors import UnsupportedBackboneError
+from iared2.interpreter import QueryKey
 from iared2.tokens.attention import attend
 from iared2.tokens.packed import PackedTokens, mean_per_image, pack, to_grid
 
@@ -163,6 +164,21 @@ class TimmViTAdapter(BackboneAdapter):
         heads = [module.head] + ([module.head_dist] if hasattr(module, "head_dist") else [])
         answers = self.prefix + places if module.global_pool == "" else 1  # without pooling every place gets an answer
         return pool + answers * sum(_linear_macs(head) for head in heads)
+
+    def class_attention(self, block: int) -> QueryKey | None:
+        module = self.module.blocks[block]
+        attention: Any = getattr(module, "attn", None)
+        plain = isinstance(module, vit.Block) and type(attention) is Attention and isinstance(module.norm1, nn.LayerNorm)
+        if not plain or any(not isinstance(getattr(attention, name), nn.Identity) for name in ("q_norm", "k_norm")):
+            return None
+        norm, width = module.norm1, self.width
+        if norm.weight is None or attention.qkv.out_features != 3 * width:
+            return None
+        with torch.no_grad():
+            weight = attention.qkv.weight * norm.weight
+            bias = attention.qkv.weight @ norm.bias + (attention.qkv.bias if attention.qkv.bias is not None else 0.0)
+            query, key = (slice(0, width), slice(width, 2 * width))
+            return QueryKey(weight[query], bias[query], weight[key], bias[key], attention.num_heads, attention.scale)
 
     def frozen_parameters(self) -> set[str]:
         stems = ("patch_embed.", "norm_pre.")

@@ -126,6 +126,22 @@ def random_views(pixels: UInt8[Tensor, "b h w 3"], how: Preprocess, draw: torch.
     return F.grid_sample(normalise(pixels, how.mean, how.std), grid, align_corners=False, padding_mode="reflection")
 
 
+def with_views(arrays: ImageArrays, count: int, min_scale: float, seed: int) -> ImageArrays:
+    """Every picture, and `count` fixed random crops of each, half of them mirrored, as further pictures of their own.
+
+    A training that caches what it computed for a picture sees more than one picture of a thing this way.
+    """
+    height, width = arrays.pixels.shape[1:3]
+    how = Preprocess((height, width), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), min_scale)
+    rows = torch.arange(len(arrays)).repeat(1 + count)
+    many = arrays.select(rows.tolist())
+    for start in range(len(arrays), len(rows), 100):
+        part = slice(start, start + 100)
+        crops = random_views(many.pixels[part], how, generator(seed, start))
+        many.pixels[part] = (255 * crops).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return many
+
+
 def steps_per_epoch(examples: int, per_step: int, train: bool) -> int:
     """Steps of one epoch; training drops the last incomplete one (but takes at least one), evaluation keeps it."""
     return max(1, examples // per_step) if train else -(-examples // per_step)

@@ -93,13 +93,20 @@ class PackedTokens:
         x_TD: the tokens.
         layout: lengths and origins.
         mass_T: how many patches each token stands for; None means that all stand for themselves alone.
-        carrier_BN: for each image and place, the place of the token that carries it, or -1 if it is gone.
+        merged_BN: the carriers where patches have been merged; None means that nobody carries another.
     """
 
     x_TD: Float[Tensor, "T D"]
     layout: Layout
-    mass_T: Float[Tensor, " T"] | None
-    carrier_BN: Int[Tensor, "B N"]
+    mass_T: Float[Tensor, " T"] | None = None
+    merged_BN: Int[Tensor, "B N"] | None = None
+
+    @property
+    def carrier_BN(self) -> Int[Tensor, "B N"]:
+        """For each image and place, the place of the token that carries it, or -1 if it is gone."""
+        if self.merged_BN is not None:
+            return self.merged_BN
+        return scatter_places(self.layout.origin_T + 1, self.layout) - 1
 
     def with_x(self, x_TD: Float[Tensor, "T D"]) -> "PackedTokens":
         """The same places with other values."""
@@ -124,12 +131,8 @@ def pack(x_BSD: Float[Tensor, "B S D"], prefix: int, grid: tuple[int, ...], orig
     places = 1
     for axis in grid:
         places *= axis
-    everywhere = torch.arange(places, device=device).expand(images, places)
     if origin_BP is None:
-        origin_BP, carrier_BN = everywhere, everywhere
-    else:
-        here = torch.zeros(images, places, dtype=torch.bool, device=device).scatter_(1, origin_BP, True)
-        carrier_BN = torch.where(here, everywhere, GONE)
+        origin_BP = torch.arange(places, device=device).expand(images, places)
     origin_BS = torch.cat([origin_BP.new_full((images, prefix), -1), origin_BP], dim=1)
     layout = Layout(
         cu_B1=torch.arange(images + 1, device=device, dtype=torch.int32) * length,
@@ -140,7 +143,7 @@ def pack(x_BSD: Float[Tensor, "B S D"], prefix: int, grid: tuple[int, ...], orig
         longest=length,
         uniform=length,
     )
-    return PackedTokens(x_BSD.reshape(images * length, -1), layout, None, carrier_BN)
+    return PackedTokens(x_BSD.reshape(images * length, -1), layout)
 
 
 def split(tokens: PackedTokens) -> list[PackedTokens]:
@@ -158,7 +161,8 @@ def split(tokens: PackedTokens) -> list[PackedTokens]:
             uniform=layout.uniform,
         )
         mass_T = None if tokens.mass_T is None else tokens.mass_T[rows]
-        packs.append(PackedTokens(tokens.x_TD[rows], alone, mass_T, tokens.carrier_BN[image : image + 1]))
+        merged_BN = None if tokens.merged_BN is None else tokens.merged_BN[image : image + 1]
+        packs.append(PackedTokens(tokens.x_TD[rows], alone, mass_T, merged_BN))
     return packs
 
 
@@ -181,8 +185,10 @@ def join(packs: Sequence[PackedTokens]) -> PackedTokens:
     mass_T = None
     if any(pack.mass_T is not None for pack in packs):
         mass_T = torch.cat([pack.mass_T if pack.mass_T is not None else torch.ones_like(pack.x_TD[:, 0]) for pack in packs])
-    x_TD, carrier_BN = (torch.cat([getattr(pack, name) for pack in packs]) for name in ("x_TD", "carrier_BN"))
-    return PackedTokens(x_TD, joined, mass_T, carrier_BN)
+    merged_BN = None
+    if any(pack.merged_BN is not None for pack in packs):
+        merged_BN = torch.cat([pack.carrier_BN for pack in packs])
+    return PackedTokens(torch.cat([pack.x_TD for pack in packs]), joined, mass_T, merged_BN)
 
 
 def select(keep_T: Bool[Tensor, " T"], layout: Layout) -> Selection:
@@ -211,9 +217,13 @@ def select_places(row_BK: Int[Tensor, "B K"], layout: Layout) -> Selection:
 def take(tokens: PackedTokens, chosen: Selection) -> PackedTokens:
     """Keeps the chosen rows; patches that were carried by the others are gone."""
     kept = _shortened(tokens.layout, chosen)
-    mass = None if tokens.mass_T is None else tokens.mass_T[chosen.index_S]
-    alive_BN = scatter_places(torch.ones_like(kept.origin_T), kept) > 0
-    return PackedTokens(tokens.x_TD[chosen.index_S], kept, mass, _follow(tokens.carrier_BN, alive_BN))
+    mass_S = None if tokens.mass_T is None else tokens.mass_T[chosen.index_S]
+    merged_BN = tokens.merged_BN
+    if merged_BN is not None:
+        alive_BN = scatter_places(torch.ones_like(kept.origin_T), kept) > 0
+        reached_BN = alive_BN.gather(1, merged_BN.clamp(min=0)) & (merged_BN >= 0)
+        merged_BN = torch.where(reached_BN, merged_BN, GONE)
+    return PackedTokens(tokens.x_TD[chosen.index_S], kept, mass_S, merged_BN)
 
 
 def _shortened(layout: Layout, chosen: Selection) -> Layout:
@@ -226,11 +236,6 @@ def _shortened(layout: Layout, chosen: Selection) -> Layout:
         longest=chosen.uniform if chosen.uniform is not None else layout.longest,
         uniform=chosen.uniform,
     )
-
-
-def _follow(carrier_BN: Int[Tensor, "B N"], alive_BN: Bool[Tensor, "B N"]) -> Int[Tensor, "B N"]:
-    reached = alive_BN.gather(1, carrier_BN.clamp(min=0)) & (carrier_BN >= 0)
-    return torch.where(reached, carrier_BN, GONE)
 
 
 def merge(tokens: PackedTokens, chosen: Selection, carrier_T: Int[Tensor, " T"]) -> PackedTokens:
@@ -255,7 +260,9 @@ def merge(tokens: PackedTokens, chosen: Selection, carrier_T: Int[Tensor, " T"])
     x_SD = torch.where(alone_S[:, None], x_SD, mean_SD)
     place_T = torch.where(lost_T, GONE, layout.origin_T[goal_T])
     table_BN = scatter_places(place_T + 1, layout) - 1  # places without a row of their own stay at -1
-    moved_BN = torch.where(tokens.carrier_BN >= 0, table_BN.gather(1, tokens.carrier_BN.clamp(min=0)), GONE)
+    moved_BN = table_BN  # every place's own row has gone there; those that were carried follow their carrier
+    if tokens.merged_BN is not None:
+        moved_BN = torch.where(tokens.merged_BN >= 0, table_BN.gather(1, tokens.merged_BN.clamp(min=0)), GONE)
     return PackedTokens(x_SD, _shortened(layout, chosen), total_S, moved_BN)
 
 

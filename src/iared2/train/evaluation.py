@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from iared2.model import ReducedTransformer
 from iared2.train.trainer import Batches
@@ -10,19 +11,21 @@ from iared2.walk import State
 
 @torch.inference_mode()
 def held_out(model: ReducedTransformer, batches: Batches, groups: int, device: torch.device) -> dict[str, float]:
-    """Top-1 and agreement with dense in percent, keep ratios and the share of MACs, with the first `groups` active."""
+    """Top-1 and agreement with dense in percent, KL to dense in nats, keep ratios and the share of MACs, with the first `groups` active."""
     model.eval()
     sums: dict[str, float] = {}
     count = 0
     for batch in batches.epoch(0):
         images, labels = batch["images"].to(device), batch["labels"].to(device)
-        dense = _logits(model, images, 0)[0].argmax(1)
+        dense_log_p = _logits(model, images, 0)[0].float().log_softmax(1)
+        dense = dense_log_p.argmax(1)
         logits, state = _logits(model, images, groups)
         found = logits.argmax(1)
         row = {
             "top1": 100 * (found == labels).float().sum(),
             "dense_top1": 100 * (dense == labels).float().sum(),
             "agreement": 100 * (found == dense).float().sum(),
+            "kl": F.kl_div(logits.float().log_softmax(1), dense_log_p, reduction="sum", log_target=True),
         }
         for group, reduction in enumerate(state.reductions):
             row[f"keep_ratio_{group + 1}"] = reduction.kept_B.sum() / reduction.before.places

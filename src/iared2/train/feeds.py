@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 
-from iared2.data.arrays import ImageArrays, Preprocess
+from iared2.data.arrays import ImageArrays, Preprocess, with_views
 from iared2.data.batches import make_batches, to_arrays
 from iared2.data.images import LabelledImages
 from iared2.data.labels import check_labels, model_class_ids
@@ -49,6 +49,10 @@ def open_feeds(recipe: Recipe, backbone: Any, workers: int) -> Feeds:
             check_labels(part.labels, backbone.num_classes, settings.train)
     if settings.subset is not None and isinstance(data, (ImageArrays, LabelledImages)):
         data = data.subset(settings.subset, recipe.seed)
+    if settings.views:
+        if not isinstance(data, ImageArrays):
+            raise ConfigError("data.views: needs pictures in memory; set data.in_memory=true")
+        data = with_views(data, settings.views, settings.view_min_scale, recipe.seed)
     train = make_batches(data, how, settings.batch_size, recipe.seed, train=True, workers=workers)
     watch = (
         None if held_out is None else make_batches(held_out, how, min(100, settings.batch_size), recipe.seed, train=False, workers=workers)

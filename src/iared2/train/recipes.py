@@ -36,6 +36,8 @@ class DataSettings(Settings):
     batch_size: int = Field(32, gt=0, description="per device")
     min_scale: float = Field(0.6, gt=0, le=1, description="smallest share of a picture's area in a random crop")
     flip: bool = True
+    views: int = Field(0, ge=0, description="fixed random crops kept of each training picture in memory, besides the picture")
+    view_min_scale: float = Field(0.4, gt=0, le=1, description="smallest share of a picture's area in such a crop")
     in_memory: bool = Field(False, description="decode every picture once and keep it as uint8")
 
 
@@ -224,21 +226,23 @@ def deit_tiny_interpreters() -> Recipe:
     Command: iared2 train deit_tiny_interpreters --data FOLDER --weights DEIT_TINY_FILE --output runs/deit_tiny
     """
     reduction = ReductionSettings(
-        groups=(5, 9),
-        interpreter=InterpreterConfig(policy="class"),
-        reward=RewardConfig(target="dense"),
+        groups=(4, 6, 8, 10),
+        interpreter=InterpreterConfig(policy="class", start="attention"),
+        reward=RewardConfig(target="dense", soft=True, error_penalty=3.0),
         on_drop="merge",
-        interpreter_epochs=3,
+        interpreter_epochs=1,
         block_epochs=0,
-        warm_start_epochs=15,
-        warm_start_ratios=(0.6, 0.35),
+        warm_start_epochs=1,
+        warm_start_ratios=(0.75, 0.55, 0.4, 0.25),
+        warm_start_sharpness=3.0,
         cache_prefix=True,
-        interpreter_optim=OptimSettings(lr=2e-4, lr_batch=32),
+        warm_start_optim=OptimSettings(lr=5e-5, lr_batch=32),
+        interpreter_optim=OptimSettings(lr=5e-5, lr_batch=32),
     )
     return Recipe(
         name="deit_tiny_interpreters",
         backbone=BackboneSettings(model="deit_tiny_patch16_224.fb_in1k"),
-        data=DataSettings(batch_size=32, in_memory=True, held_out=200, flip=False, min_scale=1.0),
+        data=DataSettings(batch_size=32, in_memory=True, held_out=200, flip=False, min_scale=1.0, views=3),
         reduction=reduction,
         precision="bf16",
         log_every=25,

@@ -1,5 +1,6 @@
 """From a recipe to a finished model: builds data, backbone and stages, runs them, writes the result."""
 
+import copy
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -136,13 +137,22 @@ def _train_reduction(
 ) -> ReducedTransformer:
     model = reduce(backbone, settings.groups, interpreter=settings.interpreter, on_drop=settings.on_drop).to(accelerator.device)
     plans = algorithm_1(len(model.reducers), settings.interpreter_epochs, settings.block_epochs, settings.warm_start_epochs)
-    stages = [build_stage(plan, model, settings, feeds, accelerator) for plan in plans]
+    # The dense model as it is now: on resuming, this is built again before a checkpoint is loaded.
+    teacher = copy.deepcopy(backbone).eval().requires_grad_(False) if settings.block_target == "dense" and settings.block_epochs else None
+    stages = [build_stage(plan, model, settings, feeds, accelerator, teacher) for plan in plans]
     Trainer(model, run, accelerator).fit(stages)
     return model.requires_grad_(True).eval()
 
 
-def build_stage(plan: StagePlan, model: ReducedTransformer, settings: ReductionSettings, feeds: Feeds, accelerator: Accelerator) -> Stage:
-    """One stage of the curriculum with its task, optimiser and held-out figures."""
+def build_stage(
+    plan: StagePlan,
+    model: ReducedTransformer,
+    settings: ReductionSettings,
+    feeds: Feeds,
+    accelerator: Accelerator,
+    teacher: nn.Module | None = None,
+) -> Stage:
+    """One stage of the curriculum with its task, optimiser and held-out figures; `teacher` is what blocks are distilled from."""
     task: Task
     if plan.kind == "warm_start":
         ratio, sharpness = settings.warm_start_ratios[plan.group], settings.warm_start_sharpness
@@ -152,7 +162,7 @@ def build_stage(plan: StagePlan, model: ReducedTransformer, settings: ReductionS
         task = InterpreterTask(model, plan.group, settings.reward, settings.entropy_bonus, settings.cache_prefix)
         optim = settings.interpreter_optim
     else:
-        task = BlocksTask(model, plan.group, settings.train_head, settings.block_target)
+        task = BlocksTask(model, plan.group, settings.train_head, teacher)
         optim = settings.block_optim
     evaluate = None
     if feeds.held_out is not None:

@@ -1,10 +1,8 @@
 """The stages of Algorithm 1 as tasks: REINFORCE for one interpreter, cross-entropy for the blocks behind it."""
 
-from typing import Literal
-
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iared2.keep import Sampled, Threshold
@@ -45,15 +43,15 @@ class GroupTask(Task):
             self._states.update(zip(indices, split_state(state), strict=True))
         return state
 
-    def dense_prediction(self, batch: dict[str, Tensor]) -> Tensor:
-        """The dense model's class for each picture, remembered where states are."""
+    def dense_log_p(self, batch: dict[str, Tensor]) -> Float[Tensor, "B classes"]:
+        """The dense model's log-probabilities for each picture, remembered where states are."""
         indices = batch["indices"].tolist()
         if self._states is not None and all(index in self._goals for index in indices):
             return torch.stack([self._goals[index] for index in indices])
-        found_B = self.dense_logits(batch["images"]).argmax(1)
+        found = self.dense_logits(batch["images"]).log_softmax(1)
         if self._states is not None:
-            self._goals.update(zip(indices, found_B, strict=True))
-        return found_B
+            self._goals.update(zip(indices, found, strict=True))
+        return found
 
     def finish(self, state: State, reduction: Reduction) -> Float[Tensor, "B classes"]:
         """Logits after a reduction; later groups keep everything, as the curriculum has it."""
@@ -91,14 +89,14 @@ class InterpreterTask(ScoringTask):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         state = self.frozen_prefix(batch)
         layout = state.tokens.layout
-        goal_B = batch["labels"] if self.config.target == "label" else self.dense_prediction(batch)
+        goal = batch["labels"] if self.config.target == "label" else self.dense_log_p(batch)
         score_T = self.reducer.interpreter(state.tokens)
         spare = self.model.adapter.needs_patch
         with torch.no_grad():
             sampled = self.reducer.apply_rule(Sampled(spare), score_T.detach(), state.tokens, state.key_THK)
             greedy = self.reducer.apply_rule(Threshold(0.5, spare), score_T.detach(), state.tokens, state.key_THK)
-            reward_B = self._reward(state, sampled, goal_B)
-            baseline_B = self._reward(state, greedy, goal_B)
+            reward_B = self._reward(state, sampled, goal)
+            baseline_B = self._reward(state, greedy, goal)
         keep_T = torch.zeros_like(layout.is_patch_T).index_fill(0, sampled.chosen.index_S, True)
         log_p_B = self._per_image(log_probability(score_T, keep_T), layout)
         entropy_T = entropy(score_T)[layout.is_patch_T]
@@ -112,12 +110,17 @@ class InterpreterTask(ScoringTask):
             "entropy": entropy_T.mean(),
         }
 
-    def _reward(self, state: State, reduction: Reduction, goal_B: Tensor) -> Float[Tensor, " B"]:
-        correct_B: Bool[Tensor, " B"] = self.finish(state, reduction).argmax(1) == goal_B
+    def _reward(self, state: State, reduction: Reduction, goal: Tensor) -> Float[Tensor, " B"]:
         layout = reduction.before
         entering_B = reduction.entering_B
         patches_B = torch.full_like(entering_B, layout.places) if self.config.patches == "input" else entering_B
-        return reward(correct_B, reduction.kept_B, patches_B, self.config)
+        return reward(self._correct(self.finish(state, reduction), goal), reduction.kept_B, patches_B, self.config)
+
+    def _correct(self, logits: Float[Tensor, "B classes"], goal: Tensor) -> Float[Tensor, " B"]:
+        """Whether, or to which degree, a reduced answer is right. The goal is labels, or the dense model's log-probabilities."""
+        if self.config.soft:
+            return (-F.kl_div(logits.log_softmax(1), goal, reduction="none", log_target=True).sum(1)).exp()
+        return (logits.argmax(1) == (goal if goal.ndim == 1 else goal.argmax(1))).float()
 
     @staticmethod
     def _per_image(value_T: Tensor, layout: Layout) -> Tensor:
@@ -129,13 +132,15 @@ class InterpreterTask(ScoringTask):
 class BlocksTask(GroupTask):
     """Cross-entropy for the blocks of groups j..D with interpreters 1..j frozen and greedy.
 
+    With a `teacher` (the dense model as it was), distillation from its answers takes the place of labels.
     Patch embedding, positions and prefix tokens stay fixed (section 3.2). The final norm and the head are
     trained too if `train_head` (Algorithm 1 leaves them alone).
     """
 
-    def __init__(self, model: ReducedTransformer, group: int, train_head: bool, target: Literal["label", "dense"] = "label") -> None:
+    def __init__(self, model: ReducedTransformer, group: int, train_head: bool, teacher: nn.Module | None = None) -> None:
         super().__init__(model, group)
-        self.train_head, self.target = train_head, target
+        self.train_head = train_head
+        self._teacher = (teacher,)  # in a tuple: no part of this module, and so neither trained nor saved
 
     def trainable(self) -> set[str]:
         """Names of the backbone's parameters that this stage trains."""
@@ -156,10 +161,12 @@ class BlocksTask(GroupTask):
         with torch.no_grad():
             reduction = self.reducer(state.tokens, state.key_THK)
         logits = self.finish(state, reduction)
-        if self.target == "label":
+        (dense,) = self._teacher
+        if dense is None:
             loss = F.cross_entropy(logits, batch["labels"])
         else:
-            teacher = batch["targets"].log_softmax(1)
+            with torch.no_grad():
+                teacher = dense(batch["images"]).float().log_softmax(1)
             loss = F.kl_div(logits.log_softmax(1), teacher, reduction="batchmean", log_target=True)
         return {
             "loss": loss,

@@ -42,6 +42,9 @@ class Task(nn.Module):
     def begin(self) -> None:
         """Called once before the stage: sets what requires gradients, and train or eval mode."""
 
+    def first_look(self, batches: Batches) -> None:
+        """Called once before the first step, and not on resuming: sets what the data decide."""
+
     def begin_epoch(self, epoch: int) -> None:
         """Called before each epoch (schedules that depend on it)."""
 
@@ -107,6 +110,8 @@ class Trainer:
         per_epoch = stage.batches.steps(world)
         total = stage.epochs * per_epoch
         stage.task.begin()
+        if start == 0:
+            stage.task.first_look(stage.batches)
         optimizer = build_optimizer(stage.task, stage.optim, stage.batches.batch_size * world)
         task, optimizer = accelerator.prepare(stage.task, optimizer)
         if state is not None:

@@ -7,6 +7,7 @@ and blocks.
 """
 
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 
 from iared2.keep import share_of
 from iared2.model import ReducedTransformer
-from iared2.tokens.packed import scatter_places
+from iared2.tokens.packed import join, scatter_places
 from iared2.train.tasks import GroupTask, ScoringTask
+from iared2.train.trainer import Batches
 from iared2.walk import State
 
 
@@ -34,6 +36,13 @@ class WarmStartTask(ScoringTask):
         super().__init__(model, group, cache)
         self.ratio, self.sharpness = ratio, sharpness
         self._evidence: dict[int, Tensor] = {}
+
+    def first_look(self, batches: Batches) -> None:
+        """Interpreters that start as class attention are brought to the wanted share on the first pictures."""
+        if self.reducer.interpreter.config.start == "attention":
+            seen = [self.frozen_prefix(batch) for batch in islice(batches.epoch(0), max(1, 256 // batches.batch_size))]
+            self.reducer.interpreter.sharpen(self.sharpness)
+            self.reducer.interpreter.shift_to(self.ratio, join([state.tokens for state in seen]))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         state = self.frozen_prefix(batch)
