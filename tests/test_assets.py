@@ -14,7 +14,7 @@ from iared2.evaluate.boxes import gaussian, inside, score_boxes
 from iared2.golden import FILE, check_golden, golden_images
 from iared2.saving import load_reduced
 
-LIMITS = {"iared2_mini_patch8_64": 12_000_000, "deit_tiny_patch16_224": 1_000_000}
+LIMITS = {"iared2_mini_patch8_96": 12_000_000, "deit_tiny_patch16_224": 1_000_000}
 
 
 @pytest.mark.parametrize("name", assets.embedded())

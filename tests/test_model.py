@@ -6,6 +6,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,7 +19,7 @@ from iared2.errors import ConfigError, HubError, IARED2Error, UnsupportedBackbon
 from iared2.interpreter import InterpreterConfig
 from iared2.keep import BatchBudget, Given, Threshold, TopK
 from iared2.model import ReducedTransformer, reduce
-from iared2.reduction import ReductionConfig, even_groups
+from iared2.reduction import ReductionConfig, even_groups, group_starts
 from iared2.saving import load_reduced
 from iared2.trace import concatenate
 
@@ -80,7 +81,7 @@ def test_groups_are_even(depth):
         ({"groups": (0, 4)}, "got block 4, but the backbone has blocks 0 to 3"),
         ({"groups": 2, "thresholds": (0.5,)}, "got 1, wanted one for each of 2 groups"),
         ({"groups": 2, "rule": "top_k"}, "ratios: got 0, wanted one for each of 2 groups"),
-        ({"groups": 2, "rule": "top_k", "ratios": (0.5, 0.0)}, "got a ratio of 0.0"),
+        ({"groups": 2, "rule": "top_k", "ratios": (0.5, 0.0)}, "ratios: got .*wanted numbers above 0"),
         ({"groups": 2, "rule": "topk", "ratios": (0.5, 0.5)}, "rule"),
         ({"groups": 2, "treshold": (1, 1)}, "unknown setting 'treshold'; did you mean 'thresholds'"),
     ],
@@ -193,6 +194,76 @@ def test_the_trace_is_frozen_and_can_be_split_and_joined():
         assert torch.equal(getattr(joined, name), getattr(trace, name))
     assert joined.macs == trace.macs and torch.equal(trace.image(-1).score_GBN, parts[3].score_GBN)
     assert not trace.cpu().score_GBN.requires_grad
+
+
+@pytest.mark.parametrize("groups", [2.0, None, "3", True, ("1", "2"), (0.5, 1)])
+def test_groups_that_are_no_numbers_are_refused(groups):
+    with pytest.raises(ConfigError, match=r"groups: got .*wanted how many groups, or the first block of each"):
+        group_starts(DEPTH, groups)
+
+
+def test_groups_may_be_numpy_numbers_and_are_given_once():
+    assert group_starts(DEPTH, np.int64(2)) == group_starts(DEPTH, 2) and group_starts(DEPTH, [np.int32(1), 3]) == (1, 3)
+    with pytest.raises(ConfigError, match="first_blocks: give the first block of each group as groups"):
+        reduce(FAMILIES["deit"].build(), 2, first_blocks=(1,))
+
+
+def test_thresholds_are_whatever_is_a_number_but_nan():
+    model = deit(2)
+    for value in (np.float32(0.25), torch.tensor(0.25), "0.25", [0.25, 0.25]):
+        model.threshold = value
+        assert model.threshold == 0.25
+    for value in (None, "half", float("nan"), [0.5], object()):
+        with pytest.raises(ConfigError, match="threshold"):
+            model.threshold = value
+        assert model.threshold == 0.25
+    model.threshold = float("inf")
+    assert json.loads(json.dumps(model.config.model_dump(mode="json"), allow_nan=False))["thresholds"] == ["inf", "inf"]
+    assert ReductionConfig.model_validate(model.config.model_dump(mode="json")) == model.config
+
+
+def test_a_refused_setting_changes_nothing():
+    model = deit(2)
+    rules = [reducer.rule for reducer in model.reducers]
+    for ratios in ((0.1, 2), (0.5,), (-1, 0.5)):
+        with pytest.raises(ConfigError, match="ratios"):
+            model.configure(rule="top_k", ratios=ratios)
+        assert [reducer.rule for reducer in model.reducers] == rules and model.config.rule == "threshold"
+
+
+@pytest.mark.parametrize("policy", ["learned", "class"])
+@pytest.mark.parametrize("on_drop", ["discard", "merge"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_traces_in_every_precision(dtype, on_drop, policy):
+    model = deit(2, on_drop=on_drop, interpreter=InterpreterConfig(policy=policy)).to(dtype)
+    images = FAMILIES["deit"].images(2).to(dtype)
+    logits, trace = model.trace(images)
+    assert logits.dtype == dtype and logits.isfinite().all()
+    assert torch.equal(logits, model(images)) and trace.dense_macs == deit().trace(images.float())[1].dense_macs
+
+
+def test_damage_shows_in_the_answer_instead_of_being_dropped():
+    model = deit(2)
+    images = FAMILIES["deit"].images(2).clone()
+    images[0] = float("nan")
+    for threshold in (-1, 0.5):
+        model.threshold = threshold
+        logits, trace = model.trace(images)
+        assert logits[0].isnan().all() and logits[1].isfinite().all() and trace.score_GBN[:, 0].isnan().any()
+
+
+def test_an_empty_batch_has_an_empty_answer():
+    for on_drop in ("discard", "merge"):
+        model = deit(2, on_drop=on_drop)
+        empty = torch.empty(0, *FAMILIES["deit"].images(1).shape[1:])
+        assert model(empty).shape == model.backbone(empty).shape
+
+
+def test_the_map_of_a_model_with_one_group_is_that_groups():
+    trace = deit(1).trace(FAMILIES["deit"].images(1))[1]
+    assert torch.equal(trace.heatmap(), trace.heatmap(0))
+    with pytest.raises(ConfigError, match="group: got 1, wanted one of 0 to 0"):
+        trace.heatmap(1)
 
 
 # ---- timm's surface --------------------------------------------------------------------------------------------

@@ -194,12 +194,22 @@ def test_a_name_with_brackets_is_not_a_pattern(tmp_path, photo):
     assert find_pictures([tmp_path / "a[1].jpg"]) == ([tmp_path / "a[1].jpg"], [])
 
 
-def test_the_output_of_an_earlier_run_is_left_out(tmp_path, photo):
-    photo.save(tmp_path / "a.jpg")
-    (tmp_path / "out/a").mkdir(parents=True)
-    photo.save(tmp_path / "out/a/overlay.png")
-    found, _ = find_pictures([tmp_path], outside=tmp_path / "out")
-    assert found == [tmp_path / "a.jpg"]
+def test_results_of_earlier_runs_are_left_out_but_photos_beside_them_are_not(tmp_path, photo):
+    for folder in ("out/a", "b"):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in ("overlay_group1.png", "hierarchy.png"):
+            photo.save(tmp_path / folder / name)
+        (tmp_path / folder / "kept.npy").touch()
+    photo.save(tmp_path / "out/b.jpg")
+    for source in (tmp_path, tmp_path / "**/*.*"):
+        assert find_pictures([source]) == ([tmp_path / "out/b.jpg"], [])
+    assert find_pictures([tmp_path / "b/hierarchy.png"]) == ([tmp_path / "b/hierarchy.png"], [])  # named one by one
+
+
+def test_two_ways_to_write_a_path_are_one_photo(tmp_path, photo):
+    (tmp_path / "a").mkdir()
+    photo.save(tmp_path / "a/x.jpg")
+    assert len(find_pictures([tmp_path / "a/x.jpg", tmp_path / "a/../a/x.jpg"])[0]) == 1
 
 
 def test_sources_that_lead_nowhere_are_named(tmp_path):

@@ -28,7 +28,7 @@ from iared2.train.optim import OptimSettings, schedule_factor
 from iared2.train.run import _train_reduction, build_stage
 from iared2.train.tasks import BlocksTask, InterpreterTask
 from iared2.train.trainer import RunSettings, Stage, Task, Trainer
-from iared2.train.warm_start import WarmStartTask, mass_evidence
+from iared2.train.warm_start import WarmStartTask, mass_evidence, smoothed
 
 SCRIPT = Path(tiny_run.__file__)
 
@@ -162,7 +162,7 @@ def test_warm_start_teaches_the_interpreter_the_wanted_share(tmp_path: Path) -> 
 
 
 def test_sharper_imitation_wants_steeper_scores_of_the_same_mean() -> None:
-    """Five times the dot products fit five times the sharpness as well as plain ones fit none, but for the mean's pull."""
+    """Five times the dot products fit five times the sharpness as well as plain ones fit none, but for the share's pull."""
     model = reduce(tiny_run.tiny_backbone(), (2,))
     batch = next(tiny_run.tiny_feeds().train.epoch(0))
     plain, sharp = WarmStartTask(model, 0, 0.25), WarmStartTask(model, 0, 0.25, sharpness=5.0)
@@ -171,10 +171,22 @@ def test_sharper_imitation_wants_steeper_scores_of_the_same_mean() -> None:
     wanted = plain(batch)["loss"]
     for parameter in model.reducers[0].interpreter.query.parameters():
         parameter.data.mul_(5)
-    mean = model.trace(batch["images"])[1].score_GBN[0].mean()
-    pull = (mean - 0.25).square()
+    score_BN = model.trace(batch["images"])[1].score_GBN[0]
+    pull = (((score_BN - 0.5) * 20).sigmoid().mean() - 0.25).square()
     assert pull > 0.01
     assert sharp(batch)["loss"].item() == pytest.approx((wanted + pull).item(), abs=1e-5)
+
+
+def test_blurred_evidence_by_hand() -> None:
+    one = torch.zeros(1, 25)
+    one[0, 12] = 1.0
+    soft = smoothed(one, (5, 5), 1.0).view(5, 5)
+    weights = torch.exp(-torch.arange(-3, 4).float() ** 2 / 2)
+    weights = (weights / weights.sum())[1:6]
+    assert torch.allclose(soft, weights[:, None] * weights[None, :], atol=1e-7)
+    flat = smoothed(torch.ones(1, 25), (5, 5), 1.0).view(5, 5)
+    assert flat[0, 0] < flat[0, 2] < flat[2, 2] <= 1  # outside of the picture there is no evidence
+    assert smoothed(one, (5, 5), 0.0) is one
 
 
 def test_a_soft_reward_is_the_degree_of_agreement_with_the_dense_model() -> None:

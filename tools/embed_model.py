@@ -1,6 +1,6 @@
 """Puts a trained model into the package: fp16 weights, golden tensors, metrics and a card.
 
-    python tools/embed_model.py RUN/model --name iared2_mini_patch8_64 --eval EVAL.json --card CARD.md
+    python tools/embed_model.py RUN/model --name iared2_mini_patch8_96 --eval EVAL.json --card CARD.md
 
 The card is a template in which {metrics}, {recipe}, {sha256} and {size} are filled in.
 """

@@ -71,6 +71,17 @@ class Common:
 _COMMON = Common()
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class TrainCommon(Common):
+    """The same for training, where a recipe has a precision of its own."""
+
+    dtype: Annotated[DtypeChoice | None, Parameter(help="Precision of matrix products. Default: the recipe's.")] = None  # type: ignore[assignment]
+
+
+_TRAIN_COMMON = TrainCommon()
+
+
 # ---- explain --------------------------------------------------------------------------------------------------
 
 
@@ -103,7 +114,7 @@ def explain(
     from iared2.report.gallery import Gallery, GallerySettings
     from iared2.seeds import seed_all
 
-    paths, failed = find_pictures(photos, outside=output)
+    paths, failed = find_pictures(photos)
     if not paths:
         nothing = "--photos: nothing was given; name photos, a folder or a pattern"
         raise DataError("; ".join(failure.reason for failure in failed) or nothing)
@@ -245,7 +256,7 @@ def train(
     output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="Folder of the run; an unfinished run there goes on.")] = None,
     data: Annotated[Path | None, Parameter(name=["--data", "-d"], help="Training data, where the recipe names none.")] = None,
     weights: WeightsOption = None,
-    common: Common = _COMMON,
+    common: TrainCommon = _TRAIN_COMMON,
 ) -> int:
     """Train by a recipe (Algorithm 1). Any field can be changed: --data.batch_size=64 reward.error_penalty=1."""
     if recipe is None:

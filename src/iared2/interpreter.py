@@ -111,13 +111,22 @@ class Interpreter(nn.Module):
 
     @torch.no_grad()
     def shift_to(self, ratio: float, tokens: PackedTokens) -> None:
-        """Moves each head's dot products by a constant, so that `ratio` of the grid scores above one half on these tokens."""
+        """Moves dot products by constants, one per head, so that `ratio` of the grid scores above one half on these tokens."""
         layout = tokens.layout
         logit_PH = self.logits(tokens)[layout.is_patch_T]
-        share = min(1.0, ratio * layout.places * layout.images / len(logit_PH))
-        ranked_PH = logit_PH.sort(dim=0, descending=True).values
-        last = min(len(logit_PH) - 1, max(1, round(share * len(logit_PH))))
-        offset_H = -(ranked_PH[last - 1] + ranked_PH[last]) / (2 * self._scale)
+        last = min(len(logit_PH) - 1, max(1, round(ratio * layout.places * layout.images)))
+
+        def boundary(value: Tensor) -> Tensor:
+            ranked = value.sort(dim=0, descending=True).values
+            return (ranked[last - 1] + ranked[last]) / 2
+
+        centred_PH = logit_PH - boundary(logit_PH)  # heads on one scale, so that each has a say
+        low, high = -20.0, 20.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            enough = boundary((centred_PH + middle).sigmoid().mean(-1)) > 0.5
+            low, high = (low, middle) if enough else (middle, high)
+        offset_H = (high - boundary(logit_PH)) / self._scale
         x_TD = F.layer_norm(tokens.x_TD, (self.width,)) if self.config.norm else tokens.x_TD
         policy = self.policy_token if self.policy_token is not None else x_TD[layout.cu_B1[:-1].long()]
         mean_HK = self.key(policy).view(-1, self.heads, self.width // self.heads).mean(0)
@@ -132,7 +141,10 @@ class Interpreter(nn.Module):
         return weight_HD, (self.query.bias.view(self.heads, -1) * key_HK).sum(-1)
 
     def _folded_once(self) -> tuple[Float[Tensor, "H D"], Float[Tensor, " H"]]:
-        """`folded`, kept from call to call in plain inference: for one picture, folding would take longer than scoring."""
+        """`folded`, kept from call to call in plain inference: for one picture, folding would take longer than scoring.
+
+        Weights changed through `.data`, which autograd does not count, are seen after `train()` or `eval()` only.
+        """
         parameters = list(self.parameters())
         plain = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         if not plain or torch.is_autocast_enabled(parameters[0].device.type) or any(p.is_inference() for p in parameters):

@@ -23,6 +23,8 @@ class KeepRule(Protocol):
 class Threshold:
     """Keep a patch when its score is above `threshold` (section 3.2; 0.5 in the paper). Below 0 keeps all.
 
+    A score that is not a number is kept too: damage then shows in the answer instead of being dropped.
+
     Attributes:
         spare_best: an image that would keep nothing keeps its best patch (for models without prefix tokens).
     """
@@ -31,7 +33,7 @@ class Threshold:
     spare_best: bool = False
 
     def __call__(self, score_T: Float[Tensor, " T"], layout: Layout) -> Selection:
-        return select(_with_prefix(score_T > self.threshold, score_T, layout, self.spare_best), layout)
+        return select(_with_prefix(~(score_T <= self.threshold), score_T, layout, self.spare_best), layout)
 
 
 @dataclass(frozen=True)

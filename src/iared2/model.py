@@ -19,7 +19,7 @@ from iared2.handover import OnDrop
 from iared2.interpreter import Interpreter, InterpreterConfig
 from iared2.reducers.base import Reduction
 from iared2.reducers.iared2 import InterpreterReducer
-from iared2.reduction import ReductionConfig, even_groups
+from iared2.reduction import ReductionConfig, group_starts
 from iared2.settings import explain_validation
 from iared2.trace import Trace
 
@@ -98,8 +98,11 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
         return values[0] if len(set(values)) == 1 else values
 
     @threshold.setter
-    def threshold(self, value: float | Sequence[float]) -> None:
-        values = (float(value),) * len(self.reducers) if isinstance(value, (int, float)) else tuple(map(float, value))
+    def threshold(self, value: Any) -> None:  # whatever becomes a float, or several
+        try:
+            values = tuple(float(v) for v in value) if isinstance(value, (list, tuple)) else (float(value),) * len(self.reducers)
+        except (TypeError, ValueError, RuntimeError):
+            raise ConfigError(f"threshold: got {value!r}, wanted a number, or one for each of {len(self.reducers)} groups") from None
         self.configure(rule="threshold", thresholds=values)
 
     def configure(self, **changes: Any) -> None:
@@ -115,8 +118,9 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
             config = ReductionConfig.model_validate(self.config.model_dump() | changes)
         except ValidationError as error:
             raise explain_validation(error) from None
-        for group, reducer in enumerate(self.reducers):
-            reducer.rule, reducer.on_drop = config.keep_rule(group, self.adapter.needs_patch), config.on_drop
+        rules = [config.keep_rule(group, self.adapter.needs_patch) for group in range(len(self.reducers))]
+        for reducer, rule in zip(self.reducers, rules, strict=True):
+            reducer.rule, reducer.on_drop = rule, config.on_drop
         self.config = config
 
     # ---- taking apart, saving, loading ------------------------------------------------------------------
@@ -165,7 +169,9 @@ def reduce(
         ConfigError: groups or settings that do not fit.
     """
     adapter = adapt(backbone)
-    first_blocks = even_groups(adapter.depth, groups) if isinstance(groups, int) else tuple(groups)
+    if "first_blocks" in settings:
+        raise ConfigError("first_blocks: give the first block of each group as groups=(...)")
+    first_blocks = group_starts(adapter.depth, groups)
     values = {"first_blocks": first_blocks, "interpreter": interpreter or InterpreterConfig(), "on_drop": on_drop, **settings}
     try:
         config = ReductionConfig.model_validate(values)

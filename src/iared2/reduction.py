@@ -1,8 +1,10 @@
 """Where and how a backbone is reduced, as data."""
 
-from typing import Literal
+import math
+from operator import index
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, model_validator
 
 from iared2.errors import ConfigError
 from iared2.handover import OnDrop
@@ -26,11 +28,19 @@ class ReductionConfig(Settings):
         count = len(self.first_blocks)
         if not count or list(self.first_blocks) != sorted(set(self.first_blocks)) or self.first_blocks[0] < 0:
             raise ValueError(f"first_blocks: got {list(self.first_blocks)}, wanted ascending block numbers from 0")
+        if any(math.isnan(value) for value in self.thresholds):
+            raise ValueError(f"thresholds: got {list(self.thresholds)}, wanted numbers; -1 keeps all patches")
         if self.thresholds and len(self.thresholds) != count:
             raise ValueError(f"thresholds: got {len(self.thresholds)}, wanted one for each of {count} groups")
-        if self.rule != "threshold" and len(self.ratios) != count:
+        if any(not 0 < value <= 1 for value in self.ratios):
+            raise ValueError(f"ratios: got {list(self.ratios)}, wanted numbers above 0 and at most 1")
+        if (self.ratios and len(self.ratios) != count) or (self.rule != "threshold" and not self.ratios):
             raise ValueError(f"ratios: got {len(self.ratios)}, wanted one for each of {count} groups")
         return self
+
+    @field_serializer("thresholds", when_used="json")
+    def _no_infinity_in_json(self, values: tuple[float, ...]) -> list[float | str]:
+        return [value if math.isfinite(value) else str(value) for value in values]
 
     def keep_rule(self, group: int, spare_best: bool) -> KeepRule:
         """The keep rule of a group."""
@@ -39,6 +49,22 @@ class ReductionConfig(Settings):
         if self.rule == "batch_budget":
             return BatchBudget(self.ratios[group], spare_best)
         return Threshold(self.thresholds[group] if self.thresholds else 0.5, spare_best)
+
+
+def group_starts(depth: int, groups: Any) -> tuple[int, ...]:
+    """The first blocks of even groups, or those that were given.
+
+    Raises:
+        ConfigError: neither a number of groups nor block numbers, or a depth that the number does not divide.
+    """
+    several = isinstance(groups, (list, tuple, range))
+    try:
+        numbers = tuple(index(number) for number in (groups if several else [groups]))
+    except TypeError:
+        numbers = None
+    if numbers is None or isinstance(groups, bool):
+        raise ConfigError(f"groups: got {groups!r}, wanted how many groups, or the first block of each, e.g. (4, 8)")
+    return numbers if several else even_groups(depth, numbers[0])
 
 
 def even_groups(depth: int, groups: int) -> tuple[int, ...]:

@@ -13,13 +13,15 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA where there is any, otherwise the CPU.
 
     Raises:
-        ConfigError: no such device, or not on this machine.
+        ConfigError: no such device, not on this machine, or one that cannot compute.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds shapes without values and cannot compute")  # noqa: TRY301 - one message for all reasons
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or ["not available"])[0][:120]
         raise ConfigError(f"device: got {name!r}, which cannot be used here ({reason}); try --device cpu") from None

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from iared2.errors import ConfigError
 from iared2.tokens.grid import to_map
 
 
@@ -42,9 +43,16 @@ class Trace:
         """Kept patches / all patches of the image, after each group's reduction."""
         return self.keep_GBN.float().mean(-1).T
 
-    def heatmap(self, group: int = 1) -> Float[Tensor, "B h w"]:
-        """The scores of a group on the patch grid, in [0, 1]; the paper shows the second group (1)."""
-        return to_map(self.score_GBN[group], self.grid)
+    def heatmap(self, group: int | None = None) -> Float[Tensor, "B h w"]:
+        """The scores of a group on the patch grid, in [0, 1]; by default the second group's, as in the paper, or the only one's.
+
+        Raises:
+            ConfigError: there is no such group.
+        """
+        chosen = min(1, self.groups - 1) if group is None else group
+        if not -self.groups <= chosen < self.groups:
+            raise ConfigError(f"group: got {group}, wanted one of 0 to {self.groups - 1}")
+        return to_map(self.score_GBN[chosen], self.grid)
 
     def carried(self, group: int = -1) -> Bool[Tensor, "B N"]:
         """Places whose patch lives on after the group, in its own token or in another's."""

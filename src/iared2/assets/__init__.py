@@ -3,7 +3,7 @@
 from pathlib import Path
 
 HERE = Path(__file__).parent
-DEFAULT = "iared2_mini_patch8_64"
+DEFAULT = "iared2_mini_patch8_96"
 
 
 def embedded() -> list[str]:

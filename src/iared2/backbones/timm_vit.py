@@ -143,7 +143,7 @@ class TimmViTAdapter(BackboneAdapter):
             embed = copy.deepcopy(self.module.patch_embed).to("meta")
             channels = getattr(embed, "in_chans", None) or embed.proj.in_channels
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                embed(torch.empty(1, channels, height, width, device="meta"))
+                embed(torch.empty(1, channels, height, width, device="meta", dtype=next(embed.parameters()).dtype))
             self._embed_macs[key] = counter.get_total_flops() // 2
         return self._embed_macs[key]
 
@@ -226,7 +226,7 @@ def _attention(module: Any, x_TD: Tensor, tokens: PackedTokens) -> tuple[Tensor,
     gate = module.gate(x_TD).sigmoid() if getattr(module, "gate", None) is not None else None
     q, k, v = module.qkv(x_TD).view(x_TD.shape[0], 3, module.num_heads, module.head_dim).unbind(1)
     q, k = module.q_norm(q), module.k_norm(k)
-    out = attend(q, k, v, tokens.layout, tokens.mass_T, _rate(module.attn_drop)).reshape(x_TD.shape[0], -1)
+    out = attend(q, k, v, tokens.layout, tokens.mass_T, _rate(module.attn_drop)).flatten(1)
     out = module.norm(out)
     if gate is not None:
         out = out * gate

@@ -47,18 +47,18 @@ def match_classes(found: Sequence[str], wanted: Sequence[str] | None, where: str
         where: the data's name, for messages.
 
     Raises:
-        DataError: some of the WordNet ids are the model's and others are not.
+        DataError: some of the names are WordNet ids of the model and others are not.
     """
     place = {name: index for index, name in enumerate(wanted or ())}
     strangers = [name for name in found if name not in place]
     if not strangers:
         return [place[name] for name in found]
+    if len(strangers) < len(found) and are_wordnet_ids(list(place)):
+        raise DataError(
+            f"{where}: class {strangers[0]!r}{_and_more(len(strangers) - 1)} not among the model's {len(place)} classes, "
+            f"but {len(found) - len(strangers)} others are; remove those folders, or use a model of these classes"
+        )
     if are_wordnet_ids(found):
-        if len(strangers) < len(found):
-            raise DataError(
-                f"{where}: class {strangers[0]!r} and {len(strangers) - 1} more are not among the model's {len(place)} classes, "
-                f"but {len(found) - len(strangers)} others are; remove those folders, or use a model of these classes"
-            )
         known = "are not these" if place else "are not known by name"
         logger.info("%s: WordNet ids, but the model's classes %s: labels 0 to %d in sorted order", where, known, len(found) - 1)
     return list(range(len(found)))
@@ -82,7 +82,13 @@ def check_labels(labels: Int[Tensor, " n"], classes: int, where: str) -> None:
     """
     outside = ((labels < 0) | (labels >= classes)).nonzero().flatten()
     if len(outside):
+        more = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
+        fitting = f", or a model of {int(labels.max()) + 1} classes or more" if labels.max() >= classes and labels.min() >= 0 else ""
         raise DataError(
-            f"{where}: label {int(labels[outside[0]])} (and {len(outside) - 1} more) is outside the model's {classes} classes, "
-            f"0 to {classes - 1}; use data labelled for this model, or a model of {int(labels.max()) + 1} classes or more"
+            f"{where}: label {int(labels[outside[0]])}{more} is outside the model's {classes} classes, "
+            f"0 to {classes - 1}; use data labelled for this model{fitting}"
         )
+
+
+def _and_more(count: int) -> str:
+    return f" and {count} more are" if count else " is"

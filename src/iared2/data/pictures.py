@@ -56,49 +56,52 @@ class Failure:
 # ---- finding ------------------------------------------------------------------------------------------------
 
 
-def find_pictures(sources: Iterable[str | Path], outside: Path | None = None) -> tuple[list[Path], list[Failure]]:
+RESULTS = ("kept.npy", "hierarchy.png")  # a folder that holds these is an earlier run's result for one photo
+
+
+def find_pictures(sources: Iterable[str | Path]) -> tuple[list[Path], list[Failure]]:
     """Pictures named by files, folders (searched with their sub-folders) and glob patterns, each once, in order.
 
-    Args:
-        outside: a folder whose content is left out: the output of an earlier run.
+    Pictures that an earlier run made (in folders that hold `RESULTS`) are left out, unless they are named one by one.
 
     Returns:
         The files to read, and the sources that led to none.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     failures: list[Failure] = []
     for source in sources:
         try:
-            paths = _resolve(Path(source), outside, failures)
+            paths = _resolve(Path(source), failures)
         except DataError as error:
             failures.append(Failure(Path(source), str(error)))
             continue
-        found.update(dict.fromkeys(paths))
-    return list(found), failures
+        for path in paths:
+            found.setdefault(path.parent.resolve() / path.name, path)  # a/x.jpg and a/../a/x.jpg are one
+    return list(found.values()), failures
 
 
-def _resolve(source: Path, outside: Path | None, failures: list[Failure]) -> list[Path]:
+def _resolve(source: Path, failures: list[Failure]) -> list[Path]:
     try:
         mode = source.stat().st_mode
     except PermissionError:
         raise DataError(f"{show(source)}: no permission to look there") from None
     except (OSError, ValueError):  # ValueError: a NUL byte in the name
-        return _match(source, outside)
+        return _match(source)
     if not stat.S_ISDIR(mode):
         return [source]
     before = len(failures)
-    pictures = [path for path in _walk(source, failures) if not _inside(path, outside)]
+    pictures = list(_walk(source, failures))
     if not pictures and len(failures) == before:
-        kinds = "jpg, png, gif, webp, tiff, bmp, avif, ..."
+        kinds = "jpg, png, gif, webp, tiff, bmp, avif, ...; not into results of earlier runs"
         raise DataError(f"{show(source)}: no pictures in this folder or below it (looked for {kinds})")
     return pictures
 
 
-def _match(source: Path, outside: Path | None) -> list[Path]:
+def _match(source: Path) -> list[Path]:
     if not glob.has_magic(str(source)):
         raise DataError(f"{show(source)}: no such file or folder")
     matches = sorted(Path(name) for name in glob.glob(str(source), recursive=True))  # noqa: PTH207 - the pattern may be absolute
-    pictures = [path for path in matches if path.is_file() and not _inside(path, outside)]
+    pictures = [path for path in matches if path.is_file() and not _is_result(path.parent)]
     if not pictures:
         raise DataError(f"{show(source)}: no file matches this pattern")
     return pictures
@@ -110,14 +113,14 @@ def _walk(folder: Path, failures: list[Failure]) -> Iterable[Path]:
         failures.append(Failure(where, f"{show(where)}: the folder cannot be read ({error.strerror})"))
 
     for root, folders, names in os.walk(folder, onerror=refused):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _is_result(Path(root) / name))
         for name in sorted(names):
             if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
                 yield Path(root) / name
 
 
-def _inside(path: Path, folder: Path | None) -> bool:
-    return folder is not None and path.resolve().is_relative_to(folder.resolve())
+def _is_result(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in RESULTS)
 
 
 def show(path: Path) -> str:

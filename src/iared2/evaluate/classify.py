@@ -243,7 +243,9 @@ def _choices(model: ReducedTransformer) -> dict[str, Any]:
     """What decides the figures beside the weights."""
     how = eval_preprocess(model)
     seen = {name: getattr(how, name) for name in ("size", "mean", "std", "crop_pct", "crop_mode", "interpolation")}
-    return {"threshold": model.threshold, "rule": model.config.rule, "on_drop": model.config.on_drop, "preprocess": seen}
+    thresholds = model.config.model_dump(mode="json")["thresholds"] or [0.5]
+    threshold = thresholds[0] if len(set(thresholds)) == 1 else thresholds
+    return {"threshold": threshold, "rule": model.config.rule, "on_drop": model.config.on_drop, "preprocess": seen}
 
 
 def _prepare(model: ReducedTransformer, threshold: float | None, on_drop: str | None) -> ReducedTransformer:

@@ -72,9 +72,9 @@ def explain(model: ReducedTransformer, images: Float[Tensor, "B C height width"]
     except torch.OutOfMemoryError:
         raise ConfigError(f"a batch of {len(images)} images does not fit into the device's memory; use a smaller --batch-size") from None
     logits = logits.float().cpu()
-    if not torch.isfinite(logits).all():
-        raise ConfigError("the model's answer is not finite; try --dtype float32, and check its weights")
     trace, names = trace.cpu(), class_names(model)
+    if not (torch.isfinite(logits).all() and torch.isfinite(trace.score_GBN).all()):
+        raise ConfigError("the model's answer is not finite; try --dtype float32, and check its weights")
     return [Explanation(_best(row, names, top), trace.image(i)) for i, row in enumerate(logits)]
 
 

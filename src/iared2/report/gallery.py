@@ -201,7 +201,7 @@ class Gallery:
                 "groups": len(config.first_blocks),
                 "first_blocks": list(config.first_blocks),
                 "rule": config.rule,
-                "thresholds": list(config.thresholds) or [0.5] * len(config.first_blocks),
+                "thresholds": config.model_dump(mode="json")["thresholds"] or [0.5] * len(config.first_blocks),
                 "ratios": list(config.ratios),
                 "on_drop": config.on_drop,
             },

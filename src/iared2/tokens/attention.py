@@ -93,6 +93,8 @@ def _uniform(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, length: int
 
 
 def _segments(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, offsets: list[int], dropout: float) -> Tensor:
+    if len(offsets) == 1:  # no image, no token
+        return v
     if len(offsets) == 2:
         return _uniform(q, k, v, bias_T, q.shape[0], dropout)
     out = None if _differentiable(q, k, v, bias_T) else torch.empty_like(v)

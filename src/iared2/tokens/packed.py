@@ -143,7 +143,7 @@ def pack(x_BSD: Float[Tensor, "B S D"], prefix: int, grid: tuple[int, ...], orig
         longest=length,
         uniform=length,
     )
-    return PackedTokens(x_BSD.reshape(images * length, -1), layout)
+    return PackedTokens(x_BSD.flatten(0, 1), layout)
 
 
 def split(tokens: PackedTokens) -> list[PackedTokens]:

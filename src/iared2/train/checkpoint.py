@@ -2,11 +2,15 @@
 
 import json
 import os
+import pickle
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -25,7 +29,48 @@ class Place:
 
 def _folders(run: Path) -> list[Path]:
     found = [path for path in (run / "checkpoints").glob("stage*-step*") if (path / "place.json").is_file()]
-    return sorted(found, key=lambda path: tuple(json.loads((path / "place.json").read_text())["place"].values()))
+    return sorted(found, key=lambda path: astuple(_read(path)[1]))
+
+
+@contextmanager
+def _whole(checkpoint: Path) -> Iterator[None]:
+    """Whatever a damaged file makes its reader raise becomes one line that says how to go on."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise TrainingError(f"{checkpoint}: a damaged checkpoint ({reason}); delete this folder to start over") from None
+
+
+def _read(checkpoint: Path) -> tuple[str, Place]:
+    """Fingerprint and place of a checkpoint."""
+    with _whole(checkpoint):
+        record = json.loads((checkpoint / "place.json").read_text())
+        place = Place(**record["place"])
+        if not (isinstance(place.stage, int) and isinstance(place.step, int)):
+            raise ValueError("place.json: stage and step must be numbers")
+        return str(record["fingerprint"]), place
+
+
+def refuse_another_recipe(run: Path, fingerprint: str) -> None:
+    """Does nothing if the run folder holds no checkpoint, or one of this recipe.
+
+    Raises:
+        TrainingError: the last checkpoint was written by another recipe, or is damaged.
+    """
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is not None:
+        _place_in(checkpoint, fingerprint)
+
+
+def _place_in(checkpoint: Path, fingerprint: str) -> Place:
+    """The place of a checkpoint that must be this recipe's."""
+    found, place = _read(checkpoint)
+    if found != fingerprint:
+        raise TrainingError(
+            f"{checkpoint.parent.parent} holds a run of another recipe; give another output folder, or remove this one to start anew"
+        )
+    return place
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -60,15 +105,22 @@ def load_weights(checkpoint: Path, model: nn.Module, fingerprint: str) -> Place:
     """Puts a checkpoint's weights into `model` and says where the run stands.
 
     Raises:
-        TrainingError: the checkpoint was written by another recipe.
+        TrainingError: the checkpoint was written by another recipe, or is damaged.
     """
-    record = json.loads((checkpoint / "place.json").read_text())
-    if record["fingerprint"] != fingerprint:
-        raise TrainingError(
-            f"{checkpoint.parent.parent} holds a run of another recipe; give another output folder, or remove this one to start anew"
-        )
-    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    return Place(**record["place"])
+    place = _place_in(checkpoint, fingerprint)
+    with _whole(checkpoint):
+        model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    return place
+
+
+def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Puts a checkpoint's optimiser state into `optimizer`.
+
+    Raises:
+        TrainingError: the state is missing or damaged.
+    """
+    with _whole(checkpoint):
+        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True))
 
 
 def _sync(folder: Path) -> None:

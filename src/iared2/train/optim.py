@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -13,18 +13,22 @@ from iared2.errors import ConfigError
 from iared2.settings import Settings, unknown_key
 
 
+Whole = Annotated[int, Field(strict=True)]  # else `true` would count as 1
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimSettings(Settings):
     """How one stage is optimised. Defaults are the paper's: Adam, 4e-5, cosine."""
 
     optimizer: str = Field("adam", description="a name known to timm.optim: adam, adamw, sgd, muon, ...")
     lr: float = Field(4e-5, gt=0, description="peak learning rate at `lr_batch` images per step")
-    lr_batch: int = Field(512, gt=0, description="global batch size that `lr` refers to; scaled linearly from there")
+    lr_batch: Whole = Field(512, gt=0, description="global batch size that `lr` refers to; scaled linearly from there")
     schedule: Literal["cosine", "linear", "trapezoid", "constant"] = "cosine"
     warmup: float = Field(0.0, ge=0, le=1, description="share of the steps in which the rate rises from 0")
     decay: float = Field(0.3, ge=0, le=1, description="trapezoid only: share of the steps in which it falls to 0")
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float | None = Field(1.0, description="largest gradient norm; None leaves gradients alone")
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm; None leaves gradients alone")
 
 
 def schedule_factor(settings: OptimSettings, step: int, total: int) -> float:
@@ -50,7 +54,10 @@ def build_optimizer(module: nn.Module, settings: OptimSettings, global_batch: in
         raise ConfigError(unknown_key(settings.optimizer, known).replace("setting", "optimizer"))
     lr = settings.lr * global_batch / settings.lr_batch
     kwargs: dict[str, Any] = {} if settings.optimizer == "sgd" else {"betas": settings.betas}
-    optimizer = create_optimizer_v2(module, opt=settings.optimizer, lr=lr, weight_decay=settings.weight_decay, **kwargs)
+    try:
+        optimizer = create_optimizer_v2(module, opt=settings.optimizer, lr=lr, weight_decay=settings.weight_decay, **kwargs)
+    except (TypeError, ValueError) as error:  # one that takes no betas, say
+        raise ConfigError(f"optimizer: got {settings.optimizer!r}, which cannot be used here ({error}); try adam, adamw or sgd") from None
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer

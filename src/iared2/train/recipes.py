@@ -1,8 +1,7 @@
 """Recipes: complete, typed descriptions of a run. A recipe is a function; its docstring names cost, expected result and command."""
 
-import json
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -11,7 +10,10 @@ from iared2.handover import OnDrop
 from iared2.interpreter import InterpreterConfig
 from iared2.reward import RewardConfig
 from iared2.settings import Settings, explain_validation, unknown_key
-from iared2.train.optim import OptimSettings
+from iared2.train.optim import OptimSettings, Whole
+from iared2.train.overrides import parse_overrides, put
+
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class BackboneSettings(Settings):
@@ -30,13 +32,13 @@ class DataSettings(Settings):
     train_split: str = "train"
     val: str | None = Field(None, description="held-out data; None takes `held_out` pictures away from training")
     val_split: str = "val"
-    held_out: int = Field(0, ge=0, description="pictures taken from the training data to watch the run")
-    val_subset: int | None = Field(1000, description="pictures of the held-out data used while training")
-    subset: int | None = Field(None, description="a fixed random subset of the training data")
-    batch_size: int = Field(32, gt=0, description="per device")
+    held_out: Whole = Field(0, ge=0, description="pictures taken from the training data to watch the run")
+    val_subset: Whole | None = Field(1000, gt=0, description="pictures of the held-out data used while training")
+    subset: Whole | None = Field(None, gt=0, description="a fixed random subset of the training data")
+    batch_size: Whole = Field(32, gt=0, description="per device")
     min_scale: float = Field(0.6, gt=0, le=1, description="smallest share of a picture's area in a random crop")
     flip: bool = True
-    views: int = Field(0, ge=0, description="fixed random crops kept of each training picture in memory, besides the picture")
+    views: Whole = Field(0, ge=0, description="fixed random crops kept of each training picture in memory, besides the picture")
     view_min_scale: float = Field(0.4, gt=0, le=1, description="smallest share of a picture's area in such a crop")
     in_memory: bool = Field(False, description="decode every picture once and keep it as uint8")
 
@@ -46,7 +48,7 @@ class TeacherSettings(Settings):
 
     model: str = "deit_tiny_patch16_224.fb_in1k"
     weights: str | None = None
-    image_size: int = 160
+    image_size: Whole = Field(160, gt=0)
     weight: float = Field(0.7, ge=0, le=1, description="share of the teacher's term in the loss")
     temperature: float = Field(2.0, gt=0)
 
@@ -54,7 +56,7 @@ class TeacherSettings(Settings):
 class DenseSettings(Settings):
     """Training a dense ViT from scratch."""
 
-    epochs: int = Field(gt=0)
+    epochs: Whole = Field(gt=0)
     patch_drop: tuple[float, ...] = Field((), description="share of patches dropped at random, per epoch")
     smoothing: float = Field(0.1, ge=0, lt=1)
     teacher: TeacherSettings | None = None
@@ -66,15 +68,16 @@ class DenseSettings(Settings):
 class ReductionSettings(Settings):
     """The curriculum of Algorithm 1 and what it trains."""
 
-    groups: int | tuple[int, ...] = Field(3, description="how many even groups, or the first block of each")
+    groups: Whole | tuple[Whole, ...] = Field(3, description="how many even groups, or the first block of each")
     interpreter: InterpreterConfig = InterpreterConfig()
     reward: RewardConfig = RewardConfig()
     on_drop: OnDrop = "discard"
-    interpreter_epochs: int = Field(10, ge=0)
-    block_epochs: int = Field(20, ge=0, description="0 trains interpreters only")
-    warm_start_epochs: int = Field(0, ge=0, description="imitation before REINFORCE; not in the paper")
-    warm_start_ratios: tuple[float, ...] = Field((), description="share of the grid that imitation keeps, per group")
+    interpreter_epochs: Whole = Field(10, ge=0)
+    block_epochs: Whole = Field(20, ge=0, description="0 trains interpreters only")
+    warm_start_epochs: Whole = Field(0, ge=0, description="imitation before REINFORCE; not in the paper")
+    warm_start_ratios: tuple[Share, ...] = Field((), description="share of the grid that imitation keeps, per group")
     warm_start_sharpness: float = Field(1.0, ge=1, description="how many times steeper than probabilities scores become in imitation")
+    warm_start_blur: float = Field(0.0, ge=0, description="blur of the evidence to imitate: standard deviation in patches")
     entropy_bonus: float = Field(0.0, ge=0)
     cache_prefix: bool = Field(False, description="compute each picture's frozen prefix once; needs pictures without augmentation")
     train_head: bool = Field(True, description="train final norm and head with the blocks")
@@ -90,6 +93,12 @@ class ReductionSettings(Settings):
             raise ValueError(f"warm_start_ratios: got {len(self.warm_start_ratios)}, wanted one for each of {count} groups")
         return self
 
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> "ReductionSettings":
+        if not (self.interpreter_epochs or self.block_epochs or self.warm_start_epochs):
+            raise ValueError("interpreter_epochs, block_epochs, warm_start_epochs: got 0 for all, so nothing would be trained; raise one")
+        return self
+
 
 class Recipe(Settings):
     """A whole run: a backbone, data, and a dense training, a reduction, or both."""
@@ -100,9 +109,9 @@ class Recipe(Settings):
     dense: DenseSettings | None = None
     reduction: ReductionSettings | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
-    seed: int = 0
-    checkpoint_every: int = Field(500, gt=0, description="steps")
-    log_every: int = Field(50, gt=0, description="steps")
+    seed: Whole = Field(0, ge=0)
+    checkpoint_every: Whole = Field(500, gt=0, description="steps")
+    log_every: Whole = Field(50, gt=0, description="steps")
 
     @model_validator(mode="after")
     def _cache_needs_fixed_pictures(self) -> "Recipe":
@@ -191,26 +200,30 @@ def mini_finer() -> Recipe:
 
 @recipe
 def mini_reduced() -> Recipe:
-    """The embedded model: the curriculum over the backbone of `mini_dense`, short and with a warm start.
+    """The embedded model: the curriculum over the backbone of `mini_finer`, short and with a warm start.
 
-    Cost: about 10 minutes on two CPU cores.
+    Cost: about 20 minutes on two CPU cores.
     Expected: see the embedded model's card.
-    Command: iared2 train mini_reduced --data TINY_IMAGENET_FOLDER --weights runs/mini_dense/backbone.safetensors --output runs/mini
+    Command: iared2 train mini_reduced --data TINY_IMAGENET_FOLDER --weights runs/mini_finer/backbone.safetensors --output runs/mini
     """
     reduction = ReductionSettings(
+        interpreter=InterpreterConfig(policy="class"),
         interpreter_epochs=1,
         block_epochs=1,
         warm_start_epochs=1,
-        warm_start_ratios=(0.95, 0.7, 0.4),
-        reward=RewardConfig(target="dense"),
+        warm_start_ratios=(0.9, 0.45, 0.25),
+        warm_start_sharpness=4.0,
+        warm_start_blur=1.5,
+        reward=RewardConfig(target="dense", soft=True),
         on_drop="merge",
+        block_target="dense",
         warm_start_optim=OptimSettings(lr=1e-3, lr_batch=32),
-        interpreter_optim=OptimSettings(lr=2e-4, lr_batch=32),
-        block_optim=OptimSettings(lr=4e-5, lr_batch=32),
+        interpreter_optim=OptimSettings(lr=1e-4, lr_batch=32),
+        block_optim=OptimSettings(lr=1e-4, lr_batch=32),
     )
     return Recipe(
         name="mini_reduced",
-        backbone=BackboneSettings(model="iared2_mini_patch8_64"),
+        backbone=BackboneSettings(model="iared2_mini_patch8_96"),
         data=DataSettings(batch_size=32, min_scale=0.7, subset=6000),
         reduction=reduction,
         precision="bf16",
@@ -259,38 +272,8 @@ def find_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         raise ConfigError(unknown_key(name, list(RECIPES)).replace("setting", "recipe"))
     values = RECIPES[name]().model_dump(mode="json")
     for path, value in parse_overrides(list(overrides)):
-        _put(values, path.split("."), value)
+        put(values, path.split("."), value)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise explain_validation(error) from None
-
-
-def parse_overrides(tokens: list[str]) -> list[tuple[str, Any]]:
-    """`--a.b=1`, `--a.b 1` and `a.b=1` -> pairs of path and value; values are JSON where they parse as such."""
-    pairs, rest = [], list(tokens)
-    while rest:
-        token = rest.pop(0)
-        path, equals, text = token.removeprefix("--").partition("=")
-        if not equals:
-            if not token.startswith("--") or not rest:
-                raise ConfigError(f"override {token!r}: wanted section.field=value, e.g. --data.batch_size=64")
-            text = rest.pop(0)
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        pairs.append((path.replace("-", "_"), value))
-    return pairs
-
-
-def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        if not isinstance(values.get(part), dict):
-            if part not in values:
-                raise ConfigError(unknown_key(part, list(values)))
-            raise ConfigError(f"{'.'.join(path)}: {part!r} is {values[part]!r} in this recipe and has no fields to set")
-        values = values[part]
-    if path[-1] not in values:
-        raise ConfigError(unknown_key(path[-1], list(values)))
-    values[path[-1]] = value

@@ -2,7 +2,9 @@
 
 import copy
 import hashlib
+import json
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
 from iared2.curriculum import StagePlan, algorithm_1
 from iared2.data.arrays import ArrayBatches
-from iared2.errors import ConfigError
+from iared2.errors import ConfigError, IARED2Error
 from iared2.model import ReducedTransformer, reduce
+from iared2.runtime import pick_device
 from iared2.saving import load_tensors, pretrained_backbone, save_reduced
 from iared2.seeds import seed_all
+from iared2.train.checkpoint import refuse_another_recipe
 from iared2.train.dense import DenseTask, held_out_accuracy
 from iared2.train.evaluation import held_out
 from iared2.train.feeds import Feeds, open_feeds
@@ -31,6 +36,8 @@ from iared2.train.trainer import RunSettings, Stage, Task, Trainer
 from iared2.train.warm_start import WarmStartTask
 
 logger = logging.getLogger("iared2.train")
+
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # a dtype on the command line, and what recipes call it
 
 
 @dataclass(frozen=True)
@@ -50,15 +57,18 @@ def run_recipe(
     data: Path | None,
     weights: Path | None,
     device: str,
-    dtype: str,
+    dtype: str | None,
     workers: int,
     seed: int | None,
 ) -> int:
-    """`iared2 train`: runs a recipe with the command line's choices. Returns the exit code."""
-    shortcuts = [f"data.train={data}"] if data is not None else []
-    shortcuts += [f"backbone.weights={weights}"] if weights is not None else []
+    """`iared2 train`: runs a recipe with the command line's choices (None: the recipe's own). Returns the exit code."""
+    if dtype is not None and dtype not in PRECISIONS:
+        raise ConfigError(f"dtype: got {dtype!r}, wanted one of {', '.join(PRECISIONS)}")
+    # As JSON, so that a folder called 2024 stays a name.
+    shortcuts = [f"data.train={json.dumps(str(data))}"] if data is not None else []
+    shortcuts += [f"backbone.weights={json.dumps(str(weights))}"] if weights is not None else []
     shortcuts += [f"seed={seed}"] if seed is not None else []
-    shortcuts += [f"precision={'bf16' if dtype == 'bfloat16' else 'fp16'}"] if dtype in ("bfloat16", "float16") else []
+    shortcuts += [f"precision={PRECISIONS[dtype]}"] if dtype is not None else []
     chosen = find_recipe(recipe, [*shortcuts, *overrides])
     train(chosen, RunOptions(output or Path("runs") / chosen.name, device, workers))
     return 0
@@ -69,16 +79,24 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
 
     Returns:
         The folder of the finished model: `model/` for a reduction, else the run folder with `backbone.safetensors`.
+
+    Raises:
+        ConfigError: a device, precision, output folder or backbone that cannot be used.
+        TrainingError: the folder holds a run of another recipe, or the training diverged.
     """
     if recipe.dense is None and recipe.reduction is None:
         raise ConfigError(f"recipe {recipe.name}: has neither a dense training nor a reduction; set one of them")
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n")
-    accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=recipe.precision)
+    accelerator = open_accelerator(options.device, recipe.precision)
+    _open_folder(options.output)
+    run = partial(_run_settings, recipe)
+    for part, settings in (("dense", recipe.dense), ("reduction", recipe.reduction)):
+        if settings is not None:
+            refuse_another_recipe(options.output / part, run(options.output / part).fingerprint)
     seed_all(recipe.seed)
     backbone = build_backbone(recipe)
     feeds = open_feeds(recipe, backbone, options.workers)
-    run = partial(_run_settings, recipe)
+    if accelerator.is_main_process:  # not before all is known to fit: it may replace the record of an earlier run
+        (options.output / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n")
     if recipe.dense is not None:
         with separate_attention(backbone) if accelerator.device.type == "cpu" else nullcontext():
             _train_dense(recipe.dense, backbone, feeds, run(options.output / "dense"), accelerator)
@@ -93,6 +111,34 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     return options.output / "model"
 
 
+def open_accelerator(device: str, precision: str) -> Accelerator:
+    """Accelerate on the device of that name ("auto": CUDA where there is any).
+
+    Raises:
+        ConfigError: a device or precision that cannot be had here.
+    """
+    place = pick_device(device)
+    if place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)  # Accelerate takes the current one, and each of several processes its own
+    try:
+        accelerator = Accelerator(cpu=place.type == "cpu", mixed_precision=precision)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"precision: got {precision!r} on {place.type}, which cannot be used here ({reason}); try --dtype float32") from None
+    if accelerator.device.type != place.type:
+        raise ConfigError(f"device: got {device!r}, but Accelerate is set to {accelerator.device.type}; look at its ACCELERATE_* variables")
+    return accelerator
+
+
+def _open_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output: got {folder}, wanted a folder that can be made and written to ({error.strerror}); name another") from None
+
+
 def _run_settings(recipe: Recipe, folder: Path) -> RunSettings:
     quiet = {"log_every", "checkpoint_every"}
     fingerprint = hashlib.sha256(recipe.model_dump_json(exclude=quiet).encode()).hexdigest()
@@ -100,21 +146,29 @@ def _run_settings(recipe: Recipe, folder: Path) -> RunSettings:
 
 
 def build_backbone(recipe: Recipe) -> nn.Module:
-    """The recipe's backbone: from scratch if it is to be trained, else with its weights."""
+    """The recipe's backbone: from scratch if it is to be trained, else with its weights.
+
+    Raises:
+        ConfigError: timm has no such model, or it does not take these arguments.
+    """
     settings = recipe.backbone
     arguments = dict(settings.arguments)
     if recipe.dense is not None and recipe.dense.patch_drop:
         arguments["patch_drop_rate"] = max(*recipe.dense.patch_drop, 1e-6)
     name = settings.model.split(".")[0]
+    fetched = settings.weights is None and recipe.dense is None
+    if not fetched and not timm.is_model(name):
+        raise ConfigError(f"backbone.model: timm has no model {name!r}; `iared2 models` lists what can be loaded")
+    try:
+        backbone = pretrained_backbone(settings.model, **arguments) if fetched else timm.create_model(name, **arguments)
+    except IARED2Error:
+        raise
+    except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise ConfigError(f"backbone.arguments: got {json.dumps(arguments)}, which {name} does not take ({reason})") from None
     if settings.weights is not None:
-        if not timm.is_model(name):
-            raise ConfigError(f"backbone.model: timm has no model {name!r}; `iared2 models` lists what can be loaded")
-        backbone = timm.create_model(name, **arguments)
         load_tensors(backbone, Path(settings.weights), settings.resample_positions)
-        return backbone
-    if recipe.dense is not None:
-        return timm.create_model(name, **arguments)
-    return pretrained_backbone(settings.model, **arguments)
+    return backbone
 
 
 def _train_dense(dense: DenseSettings, backbone: nn.Module, feeds: Feeds, run: RunSettings, accelerator: Accelerator) -> None:
@@ -155,8 +209,8 @@ def build_stage(
     """One stage of the curriculum with its task, optimiser and held-out figures; `teacher` is what blocks are distilled from."""
     task: Task
     if plan.kind == "warm_start":
-        ratio, sharpness = settings.warm_start_ratios[plan.group], settings.warm_start_sharpness
-        task = WarmStartTask(model, plan.group, ratio, sharpness, settings.cache_prefix)
+        ratio, sharpness, blur = settings.warm_start_ratios[plan.group], settings.warm_start_sharpness, settings.warm_start_blur
+        task = WarmStartTask(model, plan.group, ratio, sharpness, blur, settings.cache_prefix)
         optim = settings.warm_start_optim
     elif plan.kind == "interpreter":
         task = InterpreterTask(model, plan.group, settings.reward, settings.entropy_bonus, settings.cache_prefix)

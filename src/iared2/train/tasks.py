@@ -37,10 +37,17 @@ class GroupTask(Task):
         indices = batch["indices"].tolist()
         if self._states is not None and all(index in self._states for index in indices):
             return join_states([self._states[index] for index in indices])
-        with torch.no_grad():
-            state = self.model.walk(self.model.start(batch["images"]), self.first_block, reduce=range(self.group))
+        state = self.compute_prefix(batch["images"])
         if self._states is not None:
             self._states.update(zip(indices, split_state(state), strict=True))
+        return state
+
+    @torch.no_grad()
+    def compute_prefix(self, images: Float[Tensor, "B C height width"]) -> State:
+        """The state in front of the group's reducer, computed anew."""
+        state = self.model.walk(self.model.start(images), self.first_block, reduce=range(self.group))
+        for reduction in state.reductions:
+            self.finite(reduction.score_T)
         return state
 
     def dense_log_p(self, batch: dict[str, Tensor]) -> Float[Tensor, "B classes"]:
@@ -52,6 +59,17 @@ class GroupTask(Task):
         if self._states is not None:
             self._goals.update(zip(indices, found, strict=True))
         return found
+
+    @staticmethod
+    def finite(score_T: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """An interpreter's scores as they are.
+
+        Raises:
+            FloatingPointError: one is not finite; drawing from them or a threshold would fail or, worse, drop everything.
+        """
+        if not score_T.isfinite().all():
+            raise FloatingPointError("the interpreter's scores are not finite")
+        return score_T
 
     def finish(self, state: State, reduction: Reduction) -> Float[Tensor, "B classes"]:
         """Logits after a reduction; later groups keep everything, as the curriculum has it."""
@@ -90,7 +108,7 @@ class InterpreterTask(ScoringTask):
         state = self.frozen_prefix(batch)
         layout = state.tokens.layout
         goal = batch["labels"] if self.config.target == "label" else self.dense_log_p(batch)
-        score_T = self.reducer.interpreter(state.tokens)
+        score_T = self.finite(self.reducer.interpreter(state.tokens))
         spare = self.model.adapter.needs_patch
         with torch.no_grad():
             sampled = self.reducer.apply_rule(Sampled(spare), score_T.detach(), state.tokens, state.key_THK)
@@ -160,6 +178,7 @@ class BlocksTask(GroupTask):
         state = self.frozen_prefix(batch)
         with torch.no_grad():
             reduction = self.reducer(state.tokens, state.key_THK)
+            self.finite(reduction.score_T)
         logits = self.finish(state, reduction)
         (dense,) = self._teacher
         if dense is None:

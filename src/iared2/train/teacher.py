@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,15 +35,21 @@ def with_teacher(arrays: ImageArrays, settings: TeacherSettings, cache: Path, de
 def _cached(cache: Path, key: str) -> Tensor | None:
     if not cache.is_file():
         return None
-    with safe_open(cache, "pt") as stream:
-        return stream.get_tensor("logits") if (stream.metadata() or {}).get("key") == key else None
+    try:
+        with safe_open(cache, "pt") as stream:
+            return stream.get_tensor("logits") if (stream.metadata() or {}).get("key") == key else None
+    except SafetensorError:  # half a file, from a run that was killed as it wrote: computed anew
+        return None
 
 
 def build_teacher(settings: TeacherSettings) -> Any:
     """The teacher at its own input size, in eval mode."""
     if settings.weights is None:
         return pretrained_backbone(settings.model, dynamic_img_size=True).eval()
-    model = timm.create_model(settings.model.split(".")[0], dynamic_img_size=True)
+    name = settings.model.split(".")[0]
+    if not timm.is_model(name):
+        raise ConfigError(f"dense.teacher.model: timm has no model {name!r}; name another, or train without (dense.teacher=null)")
+    model = timm.create_model(name, dynamic_img_size=True)
     load_tensors(model, Path(settings.weights))
     return model.eval()
 

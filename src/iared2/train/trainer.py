@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from iared2.errors import TrainingError
 from iared2.seeds import seed_all
-from iared2.train.checkpoint import Place, latest_checkpoint, load_weights, save_checkpoint
+from iared2.train.checkpoint import Place, latest_checkpoint, load_optimizer, load_weights, save_checkpoint
 from iared2.train.logs import StageLog
 from iared2.train.optim import OptimSettings, build_optimizer, schedule_factor, set_rate
 
 logger = logging.getLogger("iared2.train")
+
+_PATIENCE = 20  # steps in a row that a gradient scaler may skip while it looks for its scale
 
 
 @runtime_checkable
@@ -37,7 +39,10 @@ class Batches(Protocol):
 
 
 class Task(nn.Module):
-    """A model and a loss. `forward(batch)` returns {"loss": scalar, name: scalar to log, ...}."""
+    """A model and a loss. `forward(batch)` returns {"loss": scalar, name: scalar to log, ...}.
+
+    It raises FloatingPointError("the ... are not finite") where it cannot go on with what is not.
+    """
 
     def begin(self) -> None:
         """Called once before the stage: sets what requires gradients, and train or eval mode."""
@@ -85,12 +90,13 @@ class Trainer:
         self.model = model
         self.settings = settings
         self.accelerator = accelerator
+        self._skipped = 0
 
     def fit(self, stages: Sequence[Stage]) -> None:
         """Trains every stage that the last checkpoint has not finished.
 
         Raises:
-            TrainingError: a loss or gradient that is not finite, or a checkpoint of another recipe.
+            TrainingError: a score, gradient or weight that is not finite, or a checkpoint of another recipe.
         """
         checkpoint = latest_checkpoint(self.settings.folder)
         place = Place()
@@ -101,11 +107,11 @@ class Trainer:
             if index < place.stage:
                 continue
             start = place.step if index == place.stage else 0
-            state = checkpoint / "optimizer.pt" if checkpoint is not None and index == place.stage and start else None
-            self._run(index, stage, start, state)
-            self._save(Place(stage=index + 1, step=0), None)
+            steps = self._run(index, stage, start, checkpoint if start else None)
+            self._save(stage, steps, Place(stage=index + 1, step=0), None)
 
-    def _run(self, index: int, stage: Stage, start: int, state: Path | None) -> None:
+    def _run(self, index: int, stage: Stage, start: int, checkpoint: Path | None) -> int:
+        """Trains one stage from step `start` on; returns how many steps it has."""
         accelerator, world = self.accelerator, self.accelerator.num_processes
         per_epoch = stage.batches.steps(world)
         total = stage.epochs * per_epoch
@@ -114,8 +120,8 @@ class Trainer:
             stage.task.first_look(stage.batches)
         optimizer = build_optimizer(stage.task, stage.optim, stage.batches.batch_size * world)
         task, optimizer = accelerator.prepare(stage.task, optimizer)
-        if state is not None:
-            optimizer.load_state_dict(torch.load(state, map_location=accelerator.device, weights_only=True))
+        if checkpoint is not None:
+            load_optimizer(checkpoint, optimizer, accelerator.device)
         log = StageLog(self.settings.folder, stage.name, start, total, accelerator.is_main_process)
         step = start
         with log:
@@ -130,33 +136,48 @@ class Trainer:
                     images = len(batch["labels"]) * world
                     log.step(step, images, epoch + 1, optimizer.param_groups[0]["lr"], logs, self.settings.log_every)
                     if step % self.settings.checkpoint_every == 0 and step < total:
-                        self._save(Place(stage=index, step=step), optimizer)
+                        self._save(stage, step, Place(stage=index, step=step), optimizer)
                 due = (epoch + 1) % max(1, stage.epochs // 5) == 0 or epoch + 1 == stage.epochs
                 if stage.evaluate is not None and due and accelerator.is_main_process:
                     log.evaluation(step, epoch + 1, stage.evaluate())
                     stage.task.begin()  # an evaluation may have left eval mode behind
         accelerator.free_memory()
+        return total
 
     def _step(
         self, task: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage, batch: dict[str, Tensor], step: int
     ) -> dict[str, Tensor]:
         batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
-        logs = task(batch)
+        try:
+            logs = task(batch)
+        except FloatingPointError as error:
+            raise self._not_finite(stage, step, str(error)) from None
         self.accelerator.backward(logs["loss"])
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = stage.optim.clip_norm if stage.optim.clip_norm is not None else float("inf")
         norm = self.accelerator.clip_grad_norm_(parameters, limit)
         # After the all-reduce every rank sees the same norm, so all ranks stop together.
         if norm is not None and not torch.isfinite(norm):
-            raise TrainingError(
-                f"stage {stage.name}, step {step}: the gradient is not finite (loss {logs['loss'].item():.4g}); "
-                f"the last good checkpoint stays in {self.settings.folder}. Lower the learning rate or train in fp32"
-            )
+            self._skipped += 1
+            # In fp16 the scaler starts too high on purpose: it skips such a step and halves its scale.
+            if self.accelerator.scaler is None or self._skipped >= _PATIENCE:
+                raise self._not_finite(stage, step, f"the gradient is not finite (loss {logs['loss'].item():.4g})")
+        else:
+            self._skipped = 0
         optimizer.step()
         optimizer.zero_grad()
         return logs | {"grad_norm": norm}
 
-    def _save(self, place: Place, optimizer: torch.optim.Optimizer | None) -> None:
+    def _not_finite(self, stage: Stage, step: int, what: str) -> TrainingError:
+        return TrainingError(
+            f"stage {stage.name}, step {step}: {what}; "
+            f"the last good checkpoint stays in {self.settings.folder}. Lower the learning rate or train in fp32"
+        )
+
+    def _save(self, stage: Stage, step: int, place: Place, optimizer: torch.optim.Optimizer | None) -> None:
+        # On every rank, so that all of them stop; a step's gradient may be finite and what it makes of the weights not.
+        if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
+            raise self._not_finite(stage, step, "the weights are not finite")
         if self.accelerator.is_main_process:
             save_checkpoint(self.settings.folder, self.model, optimizer, place, self.settings.fingerprint)
         self.accelerator.wait_for_everyone()

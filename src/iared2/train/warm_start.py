@@ -21,6 +21,8 @@ from iared2.train.tasks import GroupTask, ScoringTask
 from iared2.train.trainer import Batches
 from iared2.walk import State
 
+_STEEP = 20.0  # slope of the smooth step at one half by which a share of scores is steered
+
 
 class WarmStartTask(ScoringTask):
     """Binary cross-entropy towards the patches with the most evidence: the best `ratio` of the grid, per image.
@@ -29,20 +31,28 @@ class WarmStartTask(ScoringTask):
         ratio: share of the grid that counts as wanted.
         sharpness: scores are this many times as steep as the chance that a patch is wanted. At 1 a score is that
             chance; most patches are hard to call, so scores then crowd around the threshold. If it is above 1,
-            the mean score is pulled to `ratio`, since steep scores no longer have the mean of their targets.
+            the share of scores above one half is pulled to `ratio`, which chances alone would not reach.
+        blur: a patch counts by the evidence around it as well: standard deviation in patches of a Gaussian blur, which
+            finds no evidence outside of the picture. Evidence is noisy, objects are of one piece.
     """
 
-    def __init__(self, model: ReducedTransformer, group: int, ratio: float, sharpness: float = 1.0, cache: bool = False) -> None:
+    def __init__(
+        self, model: ReducedTransformer, group: int, ratio: float, sharpness: float = 1.0, blur: float = 0.0, cache: bool = False
+    ) -> None:
         super().__init__(model, group, cache)
-        self.ratio, self.sharpness = ratio, sharpness
+        self.ratio, self.sharpness, self.blur = ratio, sharpness, blur
         self._evidence: dict[int, Tensor] = {}
 
     def first_look(self, batches: Batches) -> None:
         """Interpreters that start as class attention are brought to the wanted share on the first pictures."""
-        if self.reducer.interpreter.config.start == "attention":
-            seen = [self.frozen_prefix(batch) for batch in islice(batches.epoch(0), max(1, 256 // batches.batch_size))]
-            self.reducer.interpreter.sharpen(self.sharpness)
-            self.reducer.interpreter.shift_to(self.ratio, join([state.tokens for state in seen]))
+        interpreter = self.reducer.interpreter
+        if interpreter.config.start == "attention":
+            device = next(interpreter.parameters()).device
+            first = islice(batches.epoch(0), max(1, 256 // batches.batch_size))
+            # Not through the cache: a resumed run does not come by here, and must compute the same in the loop's precision.
+            states = [self.compute_prefix(batch["images"].to(device)) for batch in first]
+            interpreter.sharpen(self.sharpness)
+            interpreter.shift_to(self.ratio, join([state.tokens for state in states]))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         state = self.frozen_prefix(batch)
@@ -53,11 +63,12 @@ class WarmStartTask(ScoringTask):
         best = evidence_BN.masked_fill(~here_BN, float("-inf")).topk(count, dim=1).indices
         wanted_BN = torch.zeros_like(evidence_BN).scatter_(1, best, 1.0)
         logit_TH = self.reducer.interpreter.logits(state.tokens)
-        score_BN = scatter_places(logit_TH.sigmoid().mean(-1), layout)
+        score_BN = scatter_places(self.finite(logit_TH.sigmoid().mean(-1)), layout)
         chance_BN = scatter_places((logit_TH / self.sharpness).sigmoid().mean(-1), layout)
         loss = F.binary_cross_entropy(chance_BN[here_BN], wanted_BN[here_BN])
         if self.sharpness > 1:
-            loss = loss + (score_BN.mean() - self.ratio).square()
+            above_BN = torch.where(here_BN, ((score_BN - 0.5) * _STEEP).sigmoid(), 0.0)  # a step with a slope
+            loss = loss + (above_BN.mean() - self.ratio).square()
         agree = ((score_BN > 0.5) == (wanted_BN > 0.5))[here_BN].float().mean()
         keep_ratio = ((score_BN > 0.5) & here_BN).float().mean()
         return {"loss": loss, "agreement": agree, "keep_ratio": keep_ratio}
@@ -67,10 +78,23 @@ class WarmStartTask(ScoringTask):
         indices = batch["indices"].tolist()
         if self._states is not None and all(index in self._evidence for index in indices):
             return torch.stack([self._evidence[index] for index in indices])
-        found_BN = scatter_places(mass_evidence(self, state), state.tokens.layout)
+        layout = state.tokens.layout
+        found_BN = smoothed(scatter_places(mass_evidence(self, state), layout), layout.grid, self.blur)
         if self._states is not None:
             self._evidence.update(zip(indices, found_BN, strict=True))
         return found_BN
+
+
+def smoothed(map_BN: Float[Tensor, "B N"], grid: tuple[int, ...], deviation: float) -> Float[Tensor, "B N"]:
+    """A Gaussian blur of maps on a grid of two axes, `deviation` in patches; zero lies outside. 0 changes nothing."""
+    if deviation <= 0:
+        return map_BN
+    radius = max(1, round(3 * deviation))
+    kernel = torch.exp(-torch.arange(-radius, radius + 1, device=map_BN.device).square() / (2 * deviation**2)).to(map_BN.dtype)
+    kernel = kernel / kernel.sum()
+    map_B1hw = map_BN.view(-1, 1, *grid)
+    across = F.conv2d(map_B1hw, kernel.view(1, 1, 1, -1), padding=(0, radius))
+    return F.conv2d(across, kernel.view(1, 1, -1, 1), padding=(radius, 0)).flatten(1)
 
 
 def mass_evidence(task: GroupTask, state: State) -> Float[Tensor, " T"]:
