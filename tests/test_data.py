@@ -88,6 +88,12 @@ def test_a_model_that_knows_only_some_of_the_ids_is_an_error():
         match_classes([GOLDFISH, "n99999999"], IMAGENET, "data")
 
 
+def test_a_stray_folder_among_wordnet_ids_is_an_error_and_no_other_labelling():
+    with pytest.raises(DataError, match=r"'zzz' is not among the model's 1000 classes, but 1 others are; remove those folders"):
+        match_classes([GOLDFISH, "zzz"], IMAGENET, "data")
+    assert match_classes(["cat", "dog"], IMAGENET, "data") == [0, 1]
+
+
 def test_a_models_class_ids():
     model = torch.nn.Linear(1, 1)
     assert model_class_ids(model) is None
@@ -121,8 +127,9 @@ def test_a_folder_with_labels(table):
         ("", "no rows"),
         ("file,class_index\n", "no rows"),
         ("file,label\na.png,1\n", "no column class_index"),
-        ("file,class_index\na.png,cat\n", "not a whole number"),
-        ("file,class_index\na.png\n", "cannot be read as a table"),
+        ("file,class_index\na.png,cat\n", r"line 2: class_index is 'cat', wanted a whole number"),
+        ("file,class_index\na.png,1\nb.png\n", "line 3: class_index is None, wanted a whole number"),
+        ("file,class_index\n,1\n", "line 2: no file named"),
     ],
 )
 def test_a_bad_table_is_named(tmp_path, text, message):
@@ -211,6 +218,10 @@ def test_labels_outside_the_model():
     check_labels(torch.tensor([0, 9]), 10, "data")
     with pytest.raises(DataError, match=r"label 10 \(and 1 more\) is outside the model's 10 classes"):
         check_labels(torch.tensor([0, 10, -1]), 10, "data")
+    with pytest.raises(DataError, match=r"label -1 is outside the model's 10 classes, 0 to 9; use data labelled for this model$"):
+        check_labels(torch.tensor([0, -1]), 10, "data")
+    with pytest.raises(DataError, match=r"label 12 is outside .*, or a model of 13 classes or more$"):
+        check_labels(torch.tensor([0, 12]), 10, "data")
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,13 @@ def test_an_answer_that_is_not_finite_is_an_error(model):
         explain(model, torch.randn(1, 3, 64, 64))
 
 
+@pytest.mark.parametrize("part", ["patch_embed.backbone.conv1.weight", "blocks.3.mlp.fc1.weight"])
+def test_damaged_weights_do_not_end_in_a_confident_answer(part, model):
+    model.backbone.get_parameter(part).data.fill_(float("nan"))
+    with pytest.raises(iared2.IARED2Error, match="not finite"):
+        explain(model, torch.randn(1, 3, 64, 64))
+
+
 def test_class_names_from_the_model_from_imagenet_or_none(model):
     assert class_names(model)[3] == "<kind & 3>"
     model.labels = None

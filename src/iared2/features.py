@@ -1,7 +1,7 @@
 """timm's surface: features on the full grid, classifier and data configuration, as the backbone itself offers them."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ class TimmSurface(Walker):
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
-        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
     ) -> Any:

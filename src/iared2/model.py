@@ -1,5 +1,6 @@
 """The reduced transformer: logits and trace of a walk through a backbone, settings, saving. Everything learned lives in reducers."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
 
     @property
     def backbone_trained(self) -> bool:
-        """Whether the backbone's weights differ from those that were reduced."""
+        """Whether the backbone's weights differ from those that were reduced; another dtype counts, another device does not."""
         return _fingerprint(self.backbone) != self._untouched
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -144,7 +145,7 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
         """Loads an embedded model (by name), a folder, or a hub id; see `iared2.saving.load_reduced` for options."""
         from iared2.saving import load_reduced
 
-        return load_reduced(str(pretrained_model_name_or_path), **options)
+        return load_reduced(pretrained_model_name_or_path, **options)
 
 
 def reduce(
@@ -187,8 +188,12 @@ def reduce(
     return model
 
 
-def _fingerprint(module: nn.Module) -> tuple[tuple[str, float, float], ...]:
-    """Cheap figures per parameter that any training step changes. Sums alone may not: a classifier's gradients add up to zero."""
-    with torch.no_grad():
-        values = ((name, p.double()) for name, p in module.named_parameters() if p.device.type != "meta")
-        return tuple((name, float(x.sum()), float(x.square().sum())) for name, x in values)
+def _fingerprint(module: nn.Module) -> str:
+    """A hash of everything that is saved of a module: bits, so that neither threads nor devices matter, as they do to sums of floats."""
+    digest = hashlib.blake2b()
+    for name, value in module.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+            if not value.is_meta:  # there are no bits then
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -2,14 +2,17 @@
 
 | file | content |
 |---|---|
-| config.json | schema version, the backbone's recipe for timm, the reduction's settings, preprocessing |
+| config.json | schema version, the backbone's recipe for timm, the reduction's settings, preprocessing; see `model_file` |
 | reducers.safetensors | interpreters |
 | backbone.safetensors | the backbone, only where it was trained after reduction or cannot be had otherwise |
 | labels.json | class names in the order of the logits, where the model knows them |
+| README.md | a short card, where there is none yet |
 """
 
 import hashlib
+import inspect
 import json
+import logging
 import socket
 from pathlib import Path
 from typing import Any
@@ -19,35 +22,52 @@ import timm
 import torch
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import nn
 
 from iared2 import assets
-from iared2.errors import ConfigError, HubError, WeightsError
+from iared2.errors import ConfigError, HubError, IARED2Error, UnsupportedBackboneError, WeightsError
 from iared2.model import ReducedTransformer
-from iared2.reduction import ReductionConfig
-from iared2.settings import explain_validation
+from iared2.model_file import BACKBONE, SCHEMA, Backbone, Data, read_config, read_labels, require_buildable, write_card
+from iared2.runtime import pick_device
+from iared2.settings import unknown_key
 
-SCHEMA = 1
+logger = logging.getLogger("iared2")
+
+REDUCERS = "reducers.safetensors"
 FILES = ["config.json", "labels.json", "*.safetensors", "README.md"]
 
 
 def backbone_spec(backbone: Any) -> dict[str, Any]:
-    """What `timm.create_model` needs to build this backbone again, without weights."""
+    """What `timm.create_model` needs to build this backbone again, without weights, and the arguments that JSON cannot hold."""
     known = getattr(backbone, "pretrained_cfg", None) or {}
-    given = {k: v for k, v in getattr(backbone, "_model_args", {}).items() if _plain(v) and k != "patch_drop_rate"}
-    embed = backbone.patch_embed
-    seen: dict[str, Any] = {"num_classes": backbone.num_classes, "img_size": list(embed.img_size)}
+    given = {key: value for key, value in getattr(backbone, "_model_args", {}).items() if key != "patch_drop_rate"}
+    arguments = {key: value for key, value in given.items() if _plain(value)} | _present_arguments(backbone)
+    return {
+        "architecture": known.get("architecture"),
+        "tag": known.get("tag") or None,
+        "arguments": arguments,
+        "dropped": sorted(set(given) - set(arguments)),
+    }
+
+
+def _present_arguments(backbone: Any) -> dict[str, Any]:
+    """Arguments that may have changed since the backbone was built, as far as it has them."""
+    embed: Any = getattr(backbone, "patch_embed", None)
+    seen: dict[str, Any] = {}
+    if hasattr(backbone, "num_classes"):
+        seen["num_classes"] = int(backbone.num_classes)
+    if getattr(embed, "img_size", None) is not None:
+        seen["img_size"] = list(embed.img_size)
     if type(embed) is PatchEmbed:
         seen["patch_size"] = list(embed.patch_size)
     if getattr(backbone, "dynamic_img_size", False):
         seen["dynamic_img_size"] = True
-    if backbone.global_pool != "token":
+    if hasattr(backbone, "global_pool"):
         seen["global_pool"] = backbone.global_pool
-    return {"architecture": known.get("architecture"), "tag": known.get("tag") or None, "arguments": {**given, **seen}}
+    return seen
 
 
 def _plain(value: Any) -> bool:
@@ -58,29 +78,50 @@ def _plain(value: Any) -> bool:
 
 
 def save_reduced(model: ReducedTransformer, folder: Path, with_backbone: bool | None = None, half: bool = False) -> None:
-    """Writes a reduced model into a folder.
+    """Writes a reduced model into a folder, in place of the model that was in it.
 
     Args:
-        with_backbone: whether to write the backbone's weights; None writes them if they were trained since reduction.
+        with_backbone: whether to write the backbone's weights; None writes them if they were trained since reduction, or
+            came from a model folder, so that nobody else has them.
         half: store fp16 (loading gives fp32 back).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with_backbone = model.backbone_trained if with_backbone is None else with_backbone
+    if with_backbone is None:
+        with_backbone = model.backbone_trained or any(path.name == BACKBONE for path in model.files)
     data = timm.data.resolve_model_data_config(model.backbone)
-    config = {
+    config: dict[str, Any] = {
         "schema": SCHEMA,
         "library": "iared2",
         "backbone": backbone_spec(model.backbone) | {"included": with_backbone},
         "reduction": model.config.model_dump(mode="json"),
         "data": {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()},
-        "class_ids": getattr(model.backbone, "class_ids", None),
+        "class_ids": _one_per_class(getattr(model.backbone, "class_ids", None), model, "class_ids"),
     }
-    _write_tensors(folder / "reducers.safetensors", model.reducers, half)
+    labels = _one_per_class(model.labels, model, "labels")
+    _clear(folder, [*([] if with_backbone else [BACKBONE]), *([] if labels else ["labels.json"])])
+    _write_tensors(folder / REDUCERS, model.reducers, half)
     if with_backbone:
-        _write_tensors(folder / "backbone.safetensors", model.backbone, half)
-    if model.labels is not None:
-        (folder / "labels.json").write_text(json.dumps(model.labels, indent=0) + "\n")
+        _write_tensors(folder / BACKBONE, model.backbone, half)
+    if labels:
+        (folder / "labels.json").write_text(json.dumps(labels, indent=0) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_card(folder, config)
+
+
+def _one_per_class(values: list[str] | None, model: ReducedTransformer, name: str) -> list[str] | None:
+    """The values, if they fit the classifier: it may have been replaced since they were given."""
+    classes = getattr(model.backbone, "num_classes", None)
+    if values and classes is not None and len(values) != classes:
+        logger.warning("%s: %d of them do not fit a model of %d classes, and are not saved", name, len(values), classes)
+        return None
+    return list(values) if values else None
+
+
+def _clear(folder: Path, names: list[str]) -> None:
+    """Deletes what an earlier model left in its folder; in other folders, files of these names are somebody else's."""
+    if (folder / REDUCERS).is_file():
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _write_tensors(path: Path, module: nn.Module, half: bool) -> None:
@@ -92,7 +133,7 @@ def _write_tensors(path: Path, module: nn.Module, half: bool) -> None:
 
 
 def load_reduced(
-    name: str,
+    name: str | Path,
     *,
     weights: str | Path | None = None,
     backbone: nn.Module | None = None,
@@ -102,99 +143,71 @@ def load_reduced(
     force_download: bool = False,
     local_files_only: bool = False,
     token: str | bool | None = None,
-    **_: Any,
+    **unknown: Any,
 ) -> ReducedTransformer:
     """Loads a reduced model, in eval mode.
 
     Args:
         name: the name of an embedded model, a folder, or a hub id.
         weights: a weights file for the backbone, where the folder holds none.
-        backbone: a ready backbone to use instead of building one.
+        backbone: a ready backbone, with its weights, to use instead of building one.
+        device: where to put the model; "auto" is CUDA where there is any.
 
     Raises:
+        ConfigError: options that do not exist or do not go together, or a device that cannot be used.
         WeightsError: files that are missing, damaged or of another shape.
         HubError: a hub id that cannot be had.
     """
-    folder = assets.find(name)
-    if folder is None and Path(name).is_dir():
-        folder = Path(name)
-    if folder is None:
-        folder = _download(
-            name, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token
-        )
-    config = _read_config(folder)
-    try:
-        reduction = ReductionConfig.model_validate(config["reduction"])
-    except ValidationError as error:
-        raise WeightsError(f"{folder / 'config.json'}: {explain_validation(error)}") from None
-    built = backbone is None
+    if unknown:
+        known = [key for key, value in inspect.signature(load_reduced).parameters.items() if value.kind is value.KEYWORD_ONLY]
+        raise ConfigError(f"load_reduced: {unknown_key(next(iter(unknown)), known)}")
+    if not isinstance(name, (str, Path)):
+        raise ConfigError(f"name: got {name!r}, wanted the name of an embedded model, a folder, or a hub id")
+    if backbone is not None and weights is not None:
+        raise ConfigError("weights: got a file beside a ready backbone=, which brings its own; give one of the two")
+    where = pick_device(str(device))
+    options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
+    folder = assets.find(str(name)) or _find(str(name), local_files_only=local_files_only, **options)
+    config = read_config(folder)
+    labels = read_labels(folder, config.backbone.arguments.num_classes)
     if backbone is None:
-        backbone = _build_backbone(config["backbone"], folder, weights)
-    if config.get("class_ids") and not hasattr(backbone, "class_ids"):
-        backbone.class_ids = list(config["class_ids"])
-    model = ReducedTransformer(backbone, reduction)
-    load_tensors(model.reducers, folder / "reducers.safetensors")
-    model.labels = _read_labels(folder)
-    source = _backbone_file(config["backbone"], folder, weights, backbone) if built else None
-    model.files = (folder / "reducers.safetensors", *([source] if source else []))
-    return model.to(device).eval()
+        backbone, source = _build_backbone(config.backbone, config.data, folder, weights)
+        try:
+            model = ReducedTransformer(backbone, config.reduction)
+        except (ConfigError, UnsupportedBackboneError) as error:  # both come out of the file
+            raise WeightsError(f"{folder / 'config.json'}: {error}") from None
+    else:
+        model, source = ReducedTransformer(backbone, config.reduction), None
+    load_tensors(model.reducers, folder / REDUCERS)
+    classes = getattr(backbone, "num_classes", None)  # those of a ready backbone may be others
+    if config.class_ids and not hasattr(backbone, "class_ids") and classes in (None, len(config.class_ids)):
+        backbone.class_ids = list(config.class_ids)
+    model.labels = labels if labels is not None and classes in (None, len(labels)) else None
+    model.files = (folder / REDUCERS, *([source] if source else []))
+    return model.to(where).eval()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise WeightsError(f"{folder}: no config.json in it; a model folder is what `save_pretrained` writes")
+def _build_backbone(spec: Backbone, data: Data, folder: Path, weights: str | Path | None) -> tuple[Any, Path | None]:
+    """The backbone with weights and preprocessing, and the file that its weights came from, where it is known."""
+    path, file = folder / "config.json", Path(weights) if weights is not None else folder / BACKBONE if spec.included else None
+    require_buildable(spec, path)
+    name = ".".join(filter(None, (spec.architecture, spec.tag)))
     try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path}: not valid JSON ({error}); save the model again") from None
-    if not isinstance(config, dict) or config.get("library") != "iared2":
-        raise WeightsError(f"{path}: not written by iared2; a model folder is what `save_pretrained` writes")
-    schema = config.get("schema")
-    if not isinstance(schema, int) or schema > SCHEMA:
-        raise WeightsError(f"{path}: schema {schema}, but this version reads up to {SCHEMA}; upgrade iared2")
-    for part, keys in (("reduction", set()), ("backbone", {"architecture", "tag", "arguments", "included"})):
-        lacks = {part} - set(config) or keys - set(config[part] if isinstance(config[part], dict) else ())
-        if lacks:
-            raise WeightsError(f"{path}: {part!r} lacks {', '.join(sorted(lacks))}; save the model again")
-    return config
-
-
-def _read_labels(folder: Path) -> list[str] | None:
-    path = folder / "labels.json"
-    if not path.is_file():
-        return None
-    try:
-        labels = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path}: not valid JSON ({error}); it holds a list of class names") from None
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise WeightsError(f"{path}: got something else than a list of class names")
-    return labels
-
-
-def _backbone_file(spec: dict[str, Any], folder: Path, weights: str | Path | None, backbone: nn.Module) -> Path | None:
-    """The file that a built backbone's weights came from, where it is known."""
-    if weights is not None:
-        return Path(weights)
-    if spec["included"]:
-        return folder / "backbone.safetensors"
-    hub_id = (getattr(backbone, "pretrained_cfg", None) or {}).get("hf_hub_id")
-    cached = try_to_load_from_cache(hub_id, "model.safetensors") if hub_id else None
-    return Path(cached) if isinstance(cached, str) else None
-
-
-def _build_backbone(spec: dict[str, Any], folder: Path, weights: str | Path | None) -> Any:
-    architecture, arguments = spec["architecture"], dict(spec["arguments"])
-    if architecture is None:
-        raise WeightsError(f"{folder}: the backbone is not a named timm model; give it as `backbone=`")
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-    if spec["included"] or weights is not None:
-        backbone = timm.create_model(architecture, **arguments)
-        load_tensors(backbone, Path(weights) if weights is not None else folder / "backbone.safetensors")
-        return backbone
-    full_name = architecture if spec["tag"] is None else f"{architecture}.{spec['tag']}"
-    return pretrained_backbone(full_name, **arguments)
+        # The tag brings the preprocessing of its weights; the weights themselves are fetched only where there is no file.
+        backbone: Any = (timm.create_model if file else pretrained_backbone)(name, **spec.arguments.as_given())
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, IARED2Error):
+            raise
+        why = f"timm cannot build {name!r} with these arguments ({_first_line(error)})"
+        raise WeightsError(f"{path}: {why}; save the model again, or give it as `backbone=`") from None
+    if file is not None:
+        load_tensors(backbone, file)
+    else:
+        hub_id = (getattr(backbone, "pretrained_cfg", None) or {}).get("hf_hub_id")
+        cached = try_to_load_from_cache(hub_id, "model.safetensors") if hub_id else None
+        file = Path(cached) if isinstance(cached, str) else None
+    backbone.pretrained_cfg = backbone.default_cfg = {**backbone.pretrained_cfg, **data.as_timm()}
+    return backbone, file
 
 
 def pretrained_backbone(name: str, **arguments: Any) -> nn.Module:
@@ -254,12 +267,17 @@ def load_tensors(module: Any, path: Path, resample_positions: bool = False) -> N
     for name, value in wanted.items():
         if tensors[name].shape != value.shape:
             raise WeightsError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model wants {tuple(value.shape)}")
+        if tensors[name].is_floating_point() and tensors[name].isnan().any():
+            raise WeightsError(f"{path}: {name} holds values that are not numbers (NaN); fetch or train the weights again")
     module.load_state_dict({name: tensors[name].to(value.dtype) for name, value in wanted.items()})
 
 
-def _download(name: str, **options: Any) -> Path:
+def _find(name: str, **options: Any) -> Path:
+    """A model folder: one on this machine, or one fetched from the hub."""
     try:
-        if not options.get("local_files_only"):
+        if Path(name).is_dir():
+            return Path(name)
+        if not options["local_files_only"]:
             _require_hub()
         return Path(snapshot_download(name, allow_patterns=FILES, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:

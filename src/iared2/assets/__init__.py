@@ -13,5 +13,4 @@ def embedded() -> list[str]:
 
 def find(name: str) -> Path | None:
     """The folder of an embedded model, or None."""
-    folder = HERE / name
-    return folder if name and "/" not in name and (folder / "config.json").is_file() else None
+    return HERE / name if name in embedded() else None

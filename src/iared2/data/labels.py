@@ -53,7 +53,7 @@ def match_classes(found: Sequence[str], wanted: Sequence[str] | None, where: str
     strangers = [name for name in found if name not in place]
     if not strangers:
         return [place[name] for name in found]
-    if len(strangers) < len(found) and are_wordnet_ids(list(place)):
+    if len(strangers) < len(found) and (are_wordnet_ids(found) or are_wordnet_ids(list(place))):
         raise DataError(
             f"{where}: class {strangers[0]!r}{_and_more(len(strangers) - 1)} not among the model's {len(place)} classes, "
             f"but {len(found) - len(strangers)} others are; remove those folders, or use a model of these classes"

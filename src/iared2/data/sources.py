@@ -137,16 +137,21 @@ def _open_table(folder: Path) -> LabelledImages:
         missing = {"file", "class_index"} - set(rows[0] if rows else ())
         if missing:
             raise DataError(f"{path}: {'no rows' if not rows else 'no column ' + min(missing)}; wanted the columns file, class_index")
-        labels = torch.tensor([int(row["class_index"]) for row in rows])
-    except (OSError, UnicodeDecodeError, csv.Error, TypeError) as error:
+        labels = torch.tensor([_class_index(row, f"{path}, line {line}") for line, row in enumerate(rows, start=2)])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as a table ({reason(error)})") from None
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: a class_index is not a whole number ({reason(error)})") from None
     files = [row["file"] for row in rows]
     sources = [row["source"] or "" for row in rows] if "source" in rows[0] else None
     return LabelledImages(partial(_open_file, folder, files), labels, files, sources=sources)
+
+
+def _class_index(row: dict[str, str | None], where: str) -> int:
+    if not row["file"]:
+        raise DataError(f"{where}: no file named; wanted file, class_index")
+    try:
+        return int(row["class_index"] or "")
+    except ValueError:
+        raise DataError(f"{where}: class_index is {row['class_index']!r}, wanted a whole number") from None
 
 
 def _open_file(folder: Path, files: list[str], index: int) -> OpenFile:

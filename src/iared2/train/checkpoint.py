@@ -37,6 +37,8 @@ def _whole(checkpoint: Path) -> Iterator[None]:
     """Whatever a damaged file makes its reader raise becomes one line that says how to go on."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise TrainingError(f"{checkpoint}: a damaged checkpoint ({reason}); delete this folder to start over") from None
@@ -48,7 +50,7 @@ def _read(checkpoint: Path) -> tuple[str, Place]:
         record = json.loads((checkpoint / "place.json").read_text())
         place = Place(**record["place"])
         if not (isinstance(place.stage, int) and isinstance(place.step, int)):
-            raise ValueError("place.json: stage and step must be numbers")
+            raise TypeError("place.json: stage and step must be numbers")
         return str(record["fingerprint"]), place
 
 

@@ -12,7 +12,6 @@ from torch import nn
 from iared2.errors import ConfigError
 from iared2.settings import Settings, unknown_key
 
-
 Whole = Annotated[int, Field(strict=True)]  # else `true` would count as 1
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -56,7 +55,7 @@ def build_optimizer(module: nn.Module, settings: OptimSettings, global_batch: in
     kwargs: dict[str, Any] = {} if settings.optimizer == "sgd" else {"betas": settings.betas}
     try:
         optimizer = create_optimizer_v2(module, opt=settings.optimizer, lr=lr, weight_decay=settings.weight_decay, **kwargs)
-    except (TypeError, ValueError) as error:  # one that takes no betas, say
+    except (TypeError, ValueError, LookupError, AssertionError) as error:  # one with three betas, or for CUDA alone
         raise ConfigError(f"optimizer: got {settings.optimizer!r}, which cannot be used here ({error}); try adam, adamw or sgd") from None
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]

@@ -118,13 +118,15 @@ def open_accelerator(device: str, precision: str) -> Accelerator:
         ConfigError: a device or precision that cannot be had here.
     """
     place = pick_device(device)
+    if precision == "fp16" and place.type == "cpu":  # Accelerate would train in fp32 without a word
+        raise ConfigError("precision: got fp16 on the CPU, which trains in float32 or bfloat16 only; give --dtype bfloat16 or float32")
     if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)  # Accelerate takes the current one, and each of several processes its own
     try:
         accelerator = Accelerator(cpu=place.type == "cpu", mixed_precision=precision)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"precision: got {precision!r} on {place.type}, which cannot be used here ({reason}); try --dtype float32") from None
+        raise ConfigError(f"precision: got {precision!r} on {place.type}, which cannot be had ({reason}); try --dtype float32") from None
     if accelerator.device.type != place.type:
         raise ConfigError(f"device: got {device!r}, but Accelerate is set to {accelerator.device.type}; look at its ACCELERATE_* variables")
     return accelerator
@@ -136,7 +138,7 @@ def _open_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"output: got {folder}, wanted a folder that can be made and written to ({error.strerror}); name another") from None
+        raise ConfigError(f"output: got {folder}, wanted a folder that can be written to ({error.strerror}); name another") from None
 
 
 def _run_settings(recipe: Recipe, folder: Path) -> RunSettings:

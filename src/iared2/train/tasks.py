@@ -29,6 +29,13 @@ class GroupTask(Task):
     def reducer(self) -> InterpreterReducer:
         return self.model.reducers[self.group]
 
+    @property
+    def remembers(self) -> bool:
+        return self._states is not None
+
+    def look_back(self, batch: dict[str, Tensor]) -> None:
+        self.frozen_prefix(batch)
+
     def frozen_prefix(self, batch: dict[str, Tensor]) -> State:
         """The state in front of the group's reducer; earlier interpreters decide greedily. Stores no gradient.
 
@@ -103,6 +110,11 @@ class InterpreterTask(ScoringTask):
     ) -> None:
         super().__init__(model, group, cache)
         self.config, self.entropy_bonus = config, entropy_bonus
+
+    def look_back(self, batch: dict[str, Tensor]) -> None:
+        super().look_back(batch)
+        if self.config.target == "dense":
+            self.dense_log_p(batch)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         state = self.frozen_prefix(batch)

@@ -2,12 +2,14 @@
 
 Exact resume: data order, augmentation and sampling are pure functions of (seed, stage, step, rank), and the
 learning rate is a pure function of the step, so a checkpoint is the weights, the optimiser's state and a
-place. Checkpoints are written to a temporary folder and renamed, so a kill at any moment leaves a whole one.
+place; a task that remembers pictures is shown them again. Checkpoints are written to a temporary folder and
+renamed, so a kill at any moment leaves a whole one.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -49,6 +51,14 @@ class Task(nn.Module):
 
     def first_look(self, batches: Batches) -> None:
         """Called once before the first step, and not on resuming: sets what the data decide."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it keeps what it computed for a picture, so that `look_back` has something to do."""
+        return False
+
+    def look_back(self, batch: dict[str, Tensor]) -> None:
+        """Called on resuming, with each batch of the stage's finished steps: remembers what it had remembered."""
 
     def begin_epoch(self, epoch: int) -> None:
         """Called before each epoch (schedules that depend on it)."""
@@ -122,6 +132,8 @@ class Trainer:
         task, optimizer = accelerator.prepare(stage.task, optimizer)
         if checkpoint is not None:
             load_optimizer(checkpoint, optimizer, accelerator.device)
+        if stage.task.remembers:
+            self._look_back(stage, start, per_epoch)
         log = StageLog(self.settings.folder, stage.name, start, total, accelerator.is_main_process)
         step = start
         with log:
@@ -144,12 +156,22 @@ class Trainer:
         accelerator.free_memory()
         return total
 
+    def _look_back(self, stage: Stage, start: int, per_epoch: int) -> None:
+        """Shows a task the batches before step `start` again: the last digits of what it kept depend on which pictures came together."""
+        for epoch in range(-(-start // per_epoch)):
+            batches = stage.batches.epoch(epoch, 0, self.accelerator.process_index, self.accelerator.num_processes)
+            for batch in islice(batches, start - epoch * per_epoch):
+                with self.accelerator.autocast():
+                    stage.task.look_back(self._here(batch))
+
+    def _here(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+
     def _step(
         self, task: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage, batch: dict[str, Tensor], step: int
     ) -> dict[str, Tensor]:
-        batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
         try:
-            logs = task(batch)
+            logs = task(self._here(batch))
         except FloatingPointError as error:
             raise self._not_finite(stage, step, str(error)) from None
         self.accelerator.backward(logs["loss"])

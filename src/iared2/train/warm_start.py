@@ -54,6 +54,9 @@ class WarmStartTask(ScoringTask):
             interpreter.sharpen(self.sharpness)
             interpreter.shift_to(self.ratio, join([state.tokens for state in states]))
 
+    def look_back(self, batch: dict[str, Tensor]) -> None:
+        self.evidence(batch, self.frozen_prefix(batch))
+
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         state = self.frozen_prefix(batch)
         layout = state.tokens.layout
