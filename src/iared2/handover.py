@@ -32,14 +32,13 @@ def hand_over(tokens: PackedTokens, chosen: Selection, how: OnDrop, features_TF:
 def carriers(features_TF: Float[Tensor, "T F"], tokens: PackedTokens, chosen: Selection) -> Int[Tensor, " T"]:
     """The row that carries each row on: itself if chosen, the most similar chosen patch, or -1 if there is none."""
     layout = tokens.layout
-    unit_TF = F.normalize(features_TF, dim=-1)
     stays_T = torch.zeros_like(layout.is_patch_T).index_fill(0, chosen.index_S, True)
     if layout.uniform is not None and chosen.uniform is not None:
-        return _match_uniform(unit_TF, stays_T, layout.uniform, layout.prefix, chosen)
+        return _match_uniform(F.normalize(features_TF, dim=-1), stays_T, layout.uniform, layout.prefix, chosen)
     if torch.compiler.is_compiling():
-        return torch.ops.iared2.match(unit_TF, stays_T, layout.is_patch_T, layout.cu_B1, layout.longest)
-    offsets = layout.offsets if unit_TF.device.type == "cpu" else None  # elsewhere the host would have to wait for them
-    return _match(unit_TF, stays_T, layout.is_patch_T, layout.cu_B1, layout.longest, offsets)
+        return torch.ops.iared2.match(features_TF, stays_T, layout.is_patch_T, layout.cu_B1, layout.longest)
+    offsets = layout.offsets if features_TF.device.type == "cpu" else None  # elsewhere the host would have to wait for them
+    return _match(features_TF, stays_T, layout.is_patch_T, layout.cu_B1, layout.longest, offsets)
 
 
 def _match_uniform(unit_TF: Tensor, stays_T: Tensor, length: int, prefix: int, chosen: Selection) -> Tensor:
@@ -55,35 +54,39 @@ def _match_uniform(unit_TF: Tensor, stays_T: Tensor, length: int, prefix: int, c
     return torch.where(stays_T, itself_T, nearest_BS.reshape(-1))
 
 
-def _match(unit_TF: Tensor, stays_T: Tensor, is_patch_T: Tensor, cu_B1: Tensor, longest: int, offsets: list[int] | None = None) -> Tensor:
+def _match(
+    features_TF: Tensor, stays_T: Tensor, is_patch_T: Tensor, cu_B1: Tensor, longest: int, offsets: list[int] | None = None
+) -> Tensor:
     """Nearest kept patch within each image; a choice, so no gradient flows through it."""
-    itself_T = torch.arange(unit_TF.shape[0], device=unit_TF.device)
+    itself_T = torch.arange(features_TF.shape[0], device=features_TF.device)
     candidate_T = stays_T & is_patch_T
-    if unit_TF.device.type == "cpu":
-        nearest_T = _match_by_image(unit_TF, stays_T, candidate_T, cu_B1.tolist() if offsets is None else offsets)
+    if features_TF.device.type == "cpu":
+        nearest_T = _match_by_image(features_TF, stays_T, candidate_T, cu_B1.tolist() if offsets is None else offsets)
     else:
-        nearest_T = _match_padded(unit_TF, candidate_T, cu_B1, longest)
+        nearest_T = _match_padded(F.normalize(features_TF, dim=-1), candidate_T, cu_B1, longest)
     return torch.where(stays_T, itself_T, nearest_T)
 
 
 @torch.library.custom_op("iared2::match", mutates_args=())
-def _match_op(unit_TF: Tensor, stays_T: Tensor, is_patch_T: Tensor, cu_B1: Tensor, longest: int) -> Tensor:
+def _match_op(features_TF: Tensor, stays_T: Tensor, is_patch_T: Tensor, cu_B1: Tensor, longest: int) -> Tensor:
     """`_match` as one opaque operator, so that compiled graphs need not know the lengths."""
-    return _match(unit_TF, stays_T, is_patch_T, cu_B1, longest)
+    return _match(features_TF, stays_T, is_patch_T, cu_B1, longest)
 
 
 @_match_op.register_fake
-def _match_shape(unit_TF: Tensor, stays_T: Tensor, is_patch_T: Tensor, cu_B1: Tensor, longest: int) -> Tensor:
+def _match_shape(features_TF: Tensor, stays_T: Tensor, is_patch_T: Tensor, cu_B1: Tensor, longest: int) -> Tensor:
     return torch.empty_like(stays_T, dtype=torch.int64)
 
 
-def _match_by_image(unit_TF: Tensor, stays_T: Tensor, candidate_T: Tensor, offsets: list[int]) -> Tensor:
-    nearest_T = torch.full((unit_TF.shape[0],), GONE)
+def _match_by_image(features_TF: Tensor, stays_T: Tensor, candidate_T: Tensor, offsets: list[int]) -> Tensor:
+    """The length of a dropped row scales all its similarities alike, so kept rows alone are normalised."""
+    nearest_T = torch.full((features_TF.shape[0],), GONE)
     for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
         kept = candidate_T[start:stop].nonzero().squeeze(1) + start
         dropped = (~stays_T[start:stop]).nonzero().squeeze(1) + start
         if len(kept) and len(dropped):
-            nearest_T[dropped] = kept[(unit_TF[dropped] @ unit_TF[kept].T).argmax(1)]
+            unit_KF = F.normalize(features_TF.index_select(0, kept), dim=-1)
+            nearest_T[dropped] = kept[(features_TF.index_select(0, dropped) @ unit_KF.T).argmax(1)]
     return nearest_T
 
 

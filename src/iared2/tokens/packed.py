@@ -244,21 +244,25 @@ def merge(tokens: PackedTokens, chosen: Selection, carrier_T: Int[Tensor, " T"])
     Args:
         carrier_T: for each row the row that carries it on: itself if chosen, -1 if it is lost.
     """
-    layout = tokens.layout
+    layout, rows = tokens.layout, chosen.index_S.shape[0]
     exact = torch.promote_types(tokens.x_TD.dtype, torch.float32)  # bf16 counts to 256 only
-    mass_T = tokens.mass_T if tokens.mass_T is not None else tokens.x_TD.new_ones(tokens.x_TD.shape[0], dtype=exact)
-    lost_T = carrier_T < 0
-    goal_T = torch.where(lost_T, torch.arange(carrier_T.shape[0], device=carrier_T.device), carrier_T)
-    given_T = torch.where(lost_T, 0.0, mass_T)
-    total_T = torch.zeros_like(mass_T).index_add(0, goal_T, given_T)
-    weighted_TD = tokens.x_TD.to(exact) * given_T[:, None]
-    summed_TD = torch.zeros_like(weighted_TD).index_add(0, goal_T, weighted_TD)
-    x_SD, total_S = tokens.x_TD[chosen.index_S], total_T[chosen.index_S]
-    mean_SD = (summed_TD[chosen.index_S] / total_S[:, None]).to(x_SD.dtype)
+    slot_T = carrier_T.new_full(carrier_T.shape, rows).index_copy(0, chosen.index_S, torch.arange(rows, device=carrier_T.device))
+    lost_T, stays_T = carrier_T < 0, slot_T < rows
+    # Where a row is added to: its carrier's new place; one spare place at the end for rows that stay or are lost.
+    goal_T = torch.where(stays_T | lost_T, rows, slot_T[carrier_T.clamp(min=0)])
+    x_SD, given_TD = tokens.x_TD[chosen.index_S], tokens.x_TD.to(exact)
+    if tokens.mass_T is None:
+        own_S, given_T = given_TD.new_ones(rows), given_TD.new_ones(carrier_T.shape)
+        sum_SD = x_SD.to(exact)
+    else:
+        own_S, given_T = tokens.mass_T[chosen.index_S], tokens.mass_T
+        sum_SD, given_TD = x_SD.to(exact) * own_S[:, None], given_TD * given_T[:, None]
+    received_SD = given_TD.new_zeros(rows + 1, given_TD.shape[1]).index_add(0, goal_T, given_TD)[:rows]
+    total_S = own_S + own_S.new_zeros(rows + 1).index_add(0, goal_T, given_T)[:rows]
+    mean_SD = ((sum_SD + received_SD) / total_S[:, None]).to(x_SD.dtype)
     # A row that received nothing keeps its exact value: dividing m x by m again would cost a rounding.
-    alone_S = total_S == mass_T[chosen.index_S]
-    x_SD = torch.where(alone_S[:, None], x_SD, mean_SD)
-    place_T = torch.where(lost_T, GONE, layout.origin_T[goal_T])
+    x_SD = torch.where((total_S == own_S)[:, None], x_SD, mean_SD)
+    place_T = torch.where(lost_T, GONE, layout.origin_T[carrier_T.clamp(min=0)])
     table_BN = scatter_places(place_T + 1, layout) - 1  # places without a row of their own stay at -1
     moved_BN = table_BN  # every place's own row has gone there; those that were carried follow their carrier
     if tokens.merged_BN is not None:
