@@ -304,7 +304,8 @@ def test_a_photo_that_may_not_be_read(shared, run, tmp_path):
         return
     # root may read all: a first run as root imports everything (another user may not reach this Python), then root's rights go
     first = ["explain", "-p", str(shared / "photo.png"), "-o", str(shared / "first"), "--model", str(shared / "small")]
-    drop = f"import os; from iared2.cli import main; main({first!r}); os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY}); "
+    # (and cyclopts asks for TypeAdapter as soon as pydantic is there, which a first run is not).
+    drop = f"import os, pydantic; pydantic.TypeAdapter; from iared2.cli import main; main({first!r}); os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY}); "
     result = process("explain", "-p", secret, "-o", shared / "out", "--model", shared / "small", before=drop)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [f"iared2: {secret}: no permission to read it"]
