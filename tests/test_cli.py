@@ -302,10 +302,11 @@ def test_a_photo_that_may_not_be_read(shared, run, tmp_path):
     if not ROOT:
         check_one_line(run("explain", "-p", secret, "-o", tmp_path / "out"), "secret.png: no permission")
         return
-    # root may read all: a first run as root imports everything (another user may not reach this Python), then root's rights go
+    # Root may read all. A first run as root imports everything (another user may not reach this Python), and so does the line
+    # about TypeAdapter, for which cyclopts asks as soon as pydantic is there. Then root's rights go.
     first = ["explain", "-p", str(shared / "photo.png"), "-o", str(shared / "first"), "--model", str(shared / "small")]
-    # (and cyclopts asks for TypeAdapter as soon as pydantic is there, which a first run is not).
-    drop = f"import os, pydantic; pydantic.TypeAdapter; from iared2.cli import main; main({first!r}); os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY}); "
+    imports = f"import os, pydantic; pydantic.TypeAdapter; from iared2.cli import main; main({first!r}); "
+    drop = imports + f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY}); "
     result = process("explain", "-p", secret, "-o", shared / "out", "--model", shared / "small", before=drop)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [f"iared2: {secret}: no permission to read it"]
