@@ -1,6 +1,7 @@
 """`iared2 train` heeds every option, answers every user error with one line, and goes on exactly where it stopped."""
 
 import json
+import resource
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from iared2.errors import ConfigError, TrainingError
 from iared2.model import reduce
 from iared2.runtime import pick_device
 from iared2.train import run as run_module
-from iared2.train.checkpoint import latest_checkpoint
+from iared2.train.checkpoint import Place, latest_checkpoint, save_checkpoint
 from iared2.train.optim import OptimSettings
 from iared2.train.recipes import Recipe, ReductionSettings, find_recipe
 from iared2.train.tasks import BlocksTask, GroupTask, InterpreterTask
@@ -360,3 +361,16 @@ def test_a_resumed_run_remembers_pictures_to_the_last_digit(tmp_path: Path) -> N
         wanted, got = getattr(calm[index].task, kept), getattr(stages[index].task, kept)
         assert len(got) == 48 and got.keys() == wanted.keys()
         assert all(torch.equal(wanted[picture], got[picture]) for picture in wanted), f"stopped after {steps} steps"
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_last_one_stays(tmp_path: Path) -> None:
+    model = torch.nn.Linear(64, 64)
+    kept = save_checkpoint(tmp_path, model, None, Place(0, 1), "x")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(TrainingError, match=r"a checkpoint cannot be written .*free some space"):
+            save_checkpoint(tmp_path, model, None, Place(0, 2), "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert latest_checkpoint(tmp_path) == kept

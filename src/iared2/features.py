@@ -65,7 +65,11 @@ class TimmSurface(Walker):
         return self.adapter.norm(torch.cat(to_grid(tokens), dim=1)) * _alive(tokens)
 
     def forward_head(self, features: Float[Tensor, "B S D"], pre_logits: bool = False) -> Tensor:
-        """The backbone's head on features as `forward_features` gives them."""
+        """The backbone's head on features as `forward_features` gives them.
+
+        Where dropped tokens were discarded, their places hold zeros, and a head that pools averages those in: then the answer differs
+        a little from the model's own, which pools what is left. It is the same for a class token, or where tokens were merged.
+        """
         return self.backbone.forward_head(features, pre_logits=pre_logits)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

@@ -82,7 +82,21 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, place: Place, fingerprint: str) -> Path:
-    """Writes one checkpoint and removes older ones, never leaving the run without a whole one."""
+    """Writes one checkpoint and removes older ones, never leaving the run without a whole one.
+
+    Raises:
+        TrainingError: the disk is full or may not be written to; the checkpoint before this one stays.
+    """
+    try:
+        return _save(run, model, optimizer, place, fingerprint)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says RuntimeError when a disk is full
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise TrainingError(f"{run}: a checkpoint cannot be written ({reason}); free some space and give the command again") from None
+
+
+def _save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, place: Place, fingerprint: str) -> Path:
     parent = run / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
     target = parent / f"stage{place.stage:02d}-step{place.step:08d}"

@@ -234,7 +234,7 @@ def mini_reduced() -> Recipe:
 def deit_tiny_interpreters() -> Recipe:
     """Interpreters for an untouched DeiT-Tiny from 1,000 unlabelled photos, handing over what they drop.
 
-    Cost: about 10 minutes on two CPU cores.
+    Cost: about 15 minutes on two CPU cores.
     Expected: see the embedded interpreters' card.
     Command: iared2 train deit_tiny_interpreters --data FOLDER --weights DEIT_TINY_FILE --output runs/deit_tiny
     """
