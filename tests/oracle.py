@@ -59,6 +59,23 @@ def attention(q_THK: Tensor, k_THK: Tensor, v_THV: Tensor, lengths: list[int], m
     return torch.stack(rows)
 
 
+def chances(score_S: Tensor, mass: list[float], feature_SF: Tensor, weights: tuple[float, float, float]) -> list[float]:
+    """What patches of one image are worth: sigmoid(steepness (log share + redundancy log(1 - s) - offset)), pair by pair."""
+    redundancy, offset, steepness = weights
+    relevance = [float(s) * m for s, m in zip(score_S, mass, strict=True)]
+    mean = sum(relevance) / len(relevance)
+    found = []
+    for i, mine in enumerate(relevance):
+        best = -1.0
+        for j, other in enumerate(relevance):
+            if other > mine or (other == mine and j < i):
+                cosine = float(feature_SF[i] @ feature_SF[j] / (feature_SF[i].norm() * feature_SF[j].norm()))
+                best = max(best, cosine)
+        z = math.log(mine / mean) + redundancy * math.log(max(1 - best, 1e-6))
+        found.append(1 / (1 + math.exp(-steepness * (z - offset))))
+    return found
+
+
 def nearest(feature_SF: Tensor, dropped: list[int], kept: list[int]) -> dict[int, int]:
     """For each dropped row the kept row with the greatest cosine; nothing if none is kept."""
     chosen = {}
@@ -116,6 +133,20 @@ class Image:
         keys = [k[0] if len(k[0]) == rows else k[0].transpose(0, 1) for k in found]
         self.keys_SF = torch.cat([k.flatten(1) for k in keys], dim=1)  # heads concatenated
 
+    def run_with_drop(self, block: nn.Module, keep: list[bool], how: str) -> None:
+        """A plain block whose patches are dropped between its two halves, on the keys of its own attention."""
+        feed, kept_feed = block.mlp, block.ls2
+
+        class Nothing(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.zeros_like(x)
+
+        block.mlp, block.ls2 = Nothing(), nn.Identity()  # the block alone, without its second half
+        self.run(block)
+        block.mlp, block.ls2 = feed, kept_feed
+        self.drop(keep, how)
+        self.x_SD = self.x_SD + block.ls2(block.mlp(block.norm2(self.x_SD[None])))[0]
+
     def logits(self) -> Tensor:
         """The backbone's head on the tokens that are left; a merged patch counts once more in a pool over patches."""
         module, x_SD = self.module, self.module.norm(self.x_SD)
@@ -131,12 +162,13 @@ class Image:
 
 
 def masked_dense(
-    module: nn.Module, images: Tensor, plan: Mapping[int, Tensor], how: str
+    module: nn.Module, images: Tensor, plan: Mapping[int, Tensor], how: str, between: bool = False
 ) -> tuple[Tensor, list[list[int]], list[list[float]]]:
     """The untouched model run on all tokens, dropped ones masked out from their drop on.
 
     Args:
-        plan: before which block which places are kept, (B, N).
+        plan: at which block which places are kept, (B, N).
+        between: the drop comes between the block's two halves, not before it.
 
     Returns:
         Logits, and each image's final carriers and row masses.
@@ -145,8 +177,12 @@ def masked_dense(
     for index, pixels in enumerate(images):
         image = Image(module, pixels)
         for number, block in enumerate(module.blocks):
-            if number in plan:
-                image.drop(plan[number][index].tolist(), how)
+            keep = plan[number][index].tolist() if number in plan else None
+            if keep is not None and between:
+                image.run_with_drop(block, keep, how)
+                continue
+            if keep is not None:
+                image.drop(keep, how)
             image.run(block)
         logits.append(image.logits())
         carriers.append(image.carriers())

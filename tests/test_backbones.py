@@ -12,7 +12,7 @@ import oracle
 from families import CLASSES, DEPTH, FAMILIES, Family
 from iared2.backbones import adapt, base, register_adapter
 from iared2.backbones.timm_vit import TimmViTAdapter
-from iared2.errors import UnsupportedBackboneError
+from iared2.errors import ConfigError, UnsupportedBackboneError
 from iared2.keep import Given
 from iared2.model import ReducedTransformer, reduce
 from iared2.tokens.packed import take
@@ -74,6 +74,30 @@ def test_any_drop_pattern_is_the_masked_dense_model(family: Family, how: str):
         if how == "merge":
             assert state.tokens.mass_T.tolist() == [m for image in masses for m in image]
         assert (wanted - backbone(images)).abs().max() > 1e-3  # the pattern matters
+
+
+@pytest.mark.parametrize("name", ["deit", "deit_distilled", "deit3", "dinov2_reg", "clip", "siglip", "avg", "gated", "qk_norm"])
+@HOW
+def test_a_drop_between_the_halves_of_a_block_is_the_masked_dense_model(name: str, how: str):
+    family = FAMILIES[name]
+    backbone, images = family.build().double(), family.images().double()
+    plan = random_plan(backbone, images, seed=11, blocks=(0, 1, 3))
+    with torch.no_grad():
+        wanted, carriers, _ = oracle.masked_dense(backbone, images, plan, how, between=True)
+        model = reduce(backbone, tuple(plan), on_drop=how, place="between").double().eval()
+        for reducer, keep_BN in zip(model.reducers, plan.values(), strict=True):
+            reducer.rule = Given(keep_BN)
+        assert_same(model(images), wanted, 1e-9)
+        assert model.walk(model.start(images), DEPTH).tokens.carrier_BN.tolist() == carriers
+        for reducer in model.reducers:
+            reducer.rule = Given(torch.ones_like(plan[0]))
+        assert_same(model(images), backbone(images), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["parallel_scaling", "parallel_things"])
+def test_blocks_without_two_halves_refuse_a_reduction_between_them(name: str):
+    with pytest.raises(ConfigError, match="side by side; use 'before'"):
+        reduce(FAMILIES[name].build(), 2, place="between")
 
 
 @HOW

@@ -12,6 +12,7 @@ from iared2.backbones import adapt
 from iared2.interpreter import InterpreterConfig
 from iared2.keep import share_of
 from iared2.model import ReducedTransformer, reduce
+from iared2.worth import WorthConfig
 
 
 def counted(function, *shape: int) -> int:
@@ -109,6 +110,29 @@ def test_merging_pays_for_the_matching():
     images = FAMILIES["deit"].images(1)
     extra = merge.trace(images)[1].macs[0] - discard.trace(images)[1].macs[0]
     assert extra == (4 * 12 * 32 + 16 * 32) + (4 * 8 * 32 + 12 * 32)
+
+
+@pytest.mark.parametrize("name", ["deit", "dinov2_reg"])
+def test_a_reduction_between_halves_saves_the_second_half_of_its_block(name):
+    """Attention of block 1 and all before it are paid in full; its FFN and everything after it for the kept tokens alone."""
+    family = FAMILIES[name]
+    model = reduce(family.build(), (1,), rule="top_k", ratios=(0.5,), place="between").eval()
+    macs = model.trace(family.images(1))[1].macs[0]
+    before = reduce(family.build(), (1,), rule="top_k", ratios=(0.5,)).eval().trace(family.images(1))[1].macs[0]
+    full, half = model.adapter.prefix + 16, model.adapter.prefix + 8
+    block = model.backbone.blocks[1]
+    attention = sum(m.in_features * m.out_features for m in block.attn.modules() if isinstance(m, nn.Linear))
+    assert macs - before == (full - half) * attention + 2 * 32 * (full**2 - half**2)
+
+
+def test_comparing_and_context_are_paid_for():
+    plain, full = (
+        reduce(FAMILIES["deit"].build(), (2,), rule="top_k", ratios=(0.5,), interpreter=InterpreterConfig(context=context), worth=worth)
+        for context, worth in ((False, None), (True, WorthConfig()))
+    )
+    images = FAMILIES["deit"].images(1)
+    extra = full.eval().trace(images)[1].macs[0] - plain.eval().trace(images)[1].macs[0]
+    assert extra == 16 * 32 + 16 * 17 * 32  # one query against 16 keys; every patch against every patch, and 16 norms
 
 
 def test_an_attention_pool_over_merged_tokens_pays_for_every_patch():

@@ -181,7 +181,7 @@ def test_blurred_evidence_by_hand() -> None:
     one = torch.zeros(1, 25)
     one[0, 12] = 1.0
     soft = smoothed(one, (5, 5), 1.0).view(5, 5)
-    weights = torch.exp(-torch.arange(-3, 4).float() ** 2 / 2)
+    weights = torch.exp(-(torch.arange(-3, 4).float() ** 2) / 2)
     weights = (weights / weights.sum())[1:6]
     assert torch.allclose(soft, weights[:, None] * weights[None, :], atol=1e-7)
     flat = smoothed(torch.ones(1, 25), (5, 5), 1.0).view(5, 5)

@@ -17,34 +17,37 @@ def dense_macs(adapter: BackboneAdapter, height: int, width: int, products: bool
     return reduced_macs(adapter, {}, (height, width), rows * columns, [], products)
 
 
-def reduced_macs(
+def reduced_macs(  # noqa: PLR0913, PLR0917 - what was done, and how it is counted
     adapter: BackboneAdapter,
     reducers: Mapping[int, Reducer],
     size: tuple[int, int],
     patches: int,
     kept: Sequence[int],
     products: bool = True,
+    between: bool = False,
 ) -> int:
     """Multiply-adds of one image.
 
     Args:
-        reducers: the reducer before each block that has one.
+        reducers: the reducer of each block that has one.
         size: input height and width in pixels.
         patches: patch tokens that enter block 0.
         kept: patch tokens after each reducer, in the order of blocks.
         products: whether to count q k^T and weights v.
+        between: reducers act between a block's halves instead of before it.
     """
     total = adapter.embed_macs(*size)
     rows, columns = adapter.grid(*size)
     pooled = patches  # merged patches are un-merged before the head, so that each counts once there
     after = iter(kept)
     for block in range(adapter.depth):
+        attended = patches
         if block in reducers:
             left = next(after)
             total += reducers[block].macs(patches, left)
             patches = left
             pooled = pooled if reducers[block].merges and left else left
+        tokens, fed = adapter.prefix + (attended if between else patches), adapter.prefix + patches
         cost = adapter.block_cost(block)
-        tokens = adapter.prefix + patches
-        total += cost.macs(tokens) if products else tokens * cost.per_token
+        total += cost.macs(tokens, fed) if products else cost.linear(tokens, fed)
     return total + adapter.head_macs(adapter.prefix + pooled, rows * columns)

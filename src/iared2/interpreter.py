@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from iared2.errors import ConfigError
 from iared2.settings import Settings
-from iared2.tokens.packed import PackedTokens
+from iared2.tokens.packed import Layout, PackedTokens, best_of_patches, sum_of_patches
 
 
 class InterpreterConfig(Settings):
@@ -33,6 +33,7 @@ class InterpreterConfig(Settings):
     norm: bool = Field(True, description="LayerNorm without parameters before the projections")
     scale: bool = Field(True, description="divide the dot product by sqrt(head width)")
     init_score: float = Field(0.9, gt=0, lt=1, description="mean score before training")
+    context: bool = Field(False, description="the class token's attention, which the backbone computes anyway, as a further input")
     start: Literal["small", "attention"] = Field("small", description="random weights, or the class attention of the group's block")
 
     @classmethod
@@ -69,6 +70,7 @@ class Interpreter(nn.Module):
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.policy_token = nn.Parameter(torch.randn(width) * 0.02) if config.policy == "learned" else None
+        self.context_H = nn.Parameter(torch.ones(heads)) if config.context else None
         self._start_at(config.init_score)
         self._kept: tuple[tuple[tuple[int, int], ...], tuple[Tensor, Tensor]] | None = None
 
@@ -159,12 +161,28 @@ class Interpreter(nn.Module):
         self._kept = None
         return super().train(mode)
 
-    def forward(self, tokens: PackedTokens) -> Float[Tensor, " T"]:
-        """Scores I of Eq. 1 for every row."""
-        return self.logits(tokens).sigmoid().mean(-1)
+    def forward(self, tokens: PackedTokens, class_TH: Float[Tensor, "T H"] | None = None) -> Float[Tensor, " T"]:
+        """Scores I of Eq. 1 for every row.
 
-    def logits(self, tokens: PackedTokens) -> Float[Tensor, "T H"]:
-        """The dot products of Eq. 1, one per head."""
+        Args:
+            class_TH: the class token's attention logits, for interpreters with `context`.
+        """
+        return self.logits(tokens, class_TH).sigmoid().mean(-1)
+
+    def logits(self, tokens: PackedTokens, class_TH: Float[Tensor, "T H"] | None = None) -> Float[Tensor, "T H"]:
+        """The dot products of Eq. 1, one per head. With `context`, to each is added w_h log(n a_h).
+
+        a_h is what the class token pays to this patch of all it pays to the n patches of the image, so that the term is 0 for a
+        patch of average interest.
+        """
+        product_TH = self._products(tokens)
+        if self.context_H is None:
+            return product_TH
+        if class_TH is None:
+            raise ConfigError("interpreter: context=true needs the class token's attention, which this call did not give")
+        return product_TH + self.context_H * relative_log(class_TH, tokens.layout)
+
+    def _products(self, tokens: PackedTokens) -> Float[Tensor, "T H"]:
         x_TD = F.layer_norm(tokens.x_TD, (self.width,)) if self.config.norm else tokens.x_TD
         if self.policy_token is not None:
             weight_HD, bias_H = self._folded_once()
@@ -182,8 +200,17 @@ class Interpreter(nn.Module):
 
     def macs(self, patches: int) -> int:
         """Multiply-adds for scoring `patches` patch tokens of one image at inference."""
-        each = patches * self.width * self.heads
+        each = patches * self.width * self.heads + (patches * self.width if self.context_H is not None else 0)
         return each if self.policy_token is not None else each + 2 * self.width * self.width
+
+
+def relative_log(class_TH: Float[Tensor, "T H"], layout: Layout) -> Float[Tensor, "T H"]:
+    """log(n a) for attention logits: a is the softmax over the image's n patches."""
+    top_BH = best_of_patches(class_TH, layout).nan_to_num(neginf=0.0)
+    above_TH = class_TH - top_BH[layout.image_T]
+    patches_B = (layout.length_B - layout.prefix).clamp(min=1)
+    mean_BH = torch.stack([sum_of_patches(above.exp(), layout) for above in above_TH.unbind(1)], dim=1) / patches_B[:, None]
+    return above_TH - mean_BH.clamp(min=1e-30).log()[layout.image_T]
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from iared2.reducers.iared2 import InterpreterReducer
 from iared2.reduction import ReductionConfig, group_starts
 from iared2.settings import explain_validation
 from iared2.trace import Trace
+from iared2.worth import Worth
 
 
 class ReducedTransformer(TimmSurface, ModelHubMixin):
@@ -45,13 +46,20 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
             raise ConfigError(f"first_blocks: got block {config.first_blocks[-1]}, but the backbone has blocks 0 to {last}")
         if config.interpreter.policy == "class" and not self.adapter.has_class_token:
             raise ConfigError("interpreter: policy='class' needs a class token, which this backbone lacks; use policy='learned'")
+        if config.interpreter.context and not self.adapter.gives_class_logits:
+            raise ConfigError("interpreter: context=true needs plain attention with a class token, which this backbone lacks; leave it out")
+        if config.interpreter.context and config.place == "before" and config.first_blocks[0] == 0:
+            raise ConfigError("interpreter: context=true needs attention before the first reduction; reduce from block 1 on, or between")
+        if config.place == "between" and not all(self.adapter.splits[block] for block in config.first_blocks):
+            raise ConfigError("place: got 'between', but a block of this backbone runs attention and FFN side by side; use 'before'")
         heads = config.interpreter.heads or self.adapter.heads
         device = next(backbone.parameters()).device
         self.reducers = nn.ModuleList()
         for group in range(len(config.first_blocks)):
             interpreter = Interpreter(self.adapter.width, heads, config.interpreter).to(device)
             rule = config.keep_rule(group, self.adapter.needs_patch)
-            self.reducers.append(InterpreterReducer(interpreter, rule, config.on_drop))
+            worth = None if config.worth is None else Worth(config.worth).to(device)
+            self.reducers.append(InterpreterReducer(interpreter, rule, config.on_drop, worth))
         self.config = config
         self.labels: list[str] | None = None  # class names, where the model knows them
         self.files: tuple[Path, ...] = ()  # the weights files it was loaded from
@@ -75,11 +83,7 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
         """The trace of finished reductions for inputs of `size` = (height, width) in pixels."""
         entering = reductions[0].entering_B.tolist()
         kept = torch.stack([r.kept_B for r in reductions], dim=1).tolist()
-        reducers = dict(zip(self.config.first_blocks, self.reducers, strict=True))
-        macs = {
-            key: cost.reduced_macs(self.adapter, reducers, size, key[0], key[1:])
-            for key in {(n, *k) for n, k in zip(entering, kept, strict=True)}
-        }
+        macs = {key: self.macs(size, key[0], key[1:]) for key in {(n, *k) for n, k in zip(entering, kept, strict=True)}}
         return Trace(
             score_GBN=torch.stack([r.score_BN for r in reductions]),
             keep_GBN=torch.stack([r.keep_BN for r in reductions]),
@@ -89,6 +93,11 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
             macs=tuple(macs[(n, *k)] for n, k in zip(entering, kept, strict=True)),
             dense_macs=cost.dense_macs(self.adapter, *size),
         )
+
+    def macs(self, size: tuple[int, int], patches: int, kept: Sequence[int], products: bool = True) -> int:
+        """Multiply-adds of one image of `size` = (height, width) pixels; see `cost.reduced_macs`."""
+        reducers = dict(zip(self.config.first_blocks, self.reducers, strict=True))
+        return cost.reduced_macs(self.adapter, reducers, size, patches, kept, products, self.config.place == "between")
 
     # ---- settings ---------------------------------------------------------------------------------------
 
@@ -112,7 +121,7 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
         Raises:
             ConfigError: a setting that does not exist or does not fit.
         """
-        fixed = set(changes) & {"first_blocks", "interpreter"}
+        fixed = set(changes) & {"first_blocks", "interpreter", "place", "worth"}
         if fixed:
             raise ConfigError(f"{', '.join(sorted(fixed))} cannot change after reduction; call iared2.reduce again")
         try:
@@ -163,7 +172,7 @@ def reduce(
         groups: how many equal groups, or the first block of each group.
         interpreter: how patches are scored.
         on_drop: "discard" dropped tokens as in the paper, or "merge" them into kept ones.
-        settings: `rule`, `thresholds`, `ratios` of `ReductionConfig`.
+        settings: `place`, `worth`, `rule`, `thresholds`, `ratios` of `ReductionConfig`.
 
     Raises:
         UnsupportedBackboneError: no adapter fits the backbone.

@@ -11,13 +11,16 @@ from iared2.handover import OnDrop
 from iared2.interpreter import InterpreterConfig
 from iared2.keep import BatchBudget, KeepRule, Threshold, TopK
 from iared2.settings import Settings
+from iared2.worth import WorthConfig
 
 
 class ReductionConfig(Settings):
     """Where and how a backbone is reduced. Blocks are counted from 0."""
 
-    first_blocks: tuple[int, ...] = Field(description="the block before which each group reduces, ascending")
+    first_blocks: tuple[int, ...] = Field(description="the block at which each group reduces, ascending")
+    place: Literal["before", "between"] = Field("before", description="before that block, or between its attention and its FFN")
     interpreter: InterpreterConfig = InterpreterConfig()
+    worth: WorthConfig | None = Field(None, description="weigh scores by mass and similarity before the rule; None is the paper's")
     rule: Literal["threshold", "top_k", "batch_budget"] = "threshold"
     thresholds: tuple[float, ...] = Field((), description="one per group; empty means 0.5 everywhere")
     ratios: tuple[float, ...] = Field((), description="share of the grid kept after each group (top_k, batch_budget)")

@@ -15,12 +15,21 @@ from iared2.tokens.packed import PackedTokens
 
 @dataclass(frozen=True)
 class State:
-    """A forward pass paused before a block: tokens, the keys of the block before, reductions so far."""
+    """A forward pass paused before a block, or between its halves.
+
+    Attributes:
+        key_THK, class_TH: keys, and the class token's logits, of the last attention, where the next reducer wants them.
+        block: the block that comes next, or whose second half does.
+        reductions: what was dropped so far.
+        half: whether the block's attention has run.
+    """
 
     tokens: PackedTokens
     key_THK: Float[Tensor, "T H K"] | None
     block: int
     reductions: tuple[Reduction, ...] = ()
+    class_TH: Float[Tensor, "T H"] | None = None
+    half: bool = False
 
 
 class Walker(nn.Module):
@@ -46,23 +55,50 @@ class Walker(nn.Module):
         done = len(state.reductions)
         for block in range(state.block, stop):
             group = groups.get(block)
-            if group is not None and group >= done:
-                state = self.reduce_with(state, group)
-            state = self.run_block(state, block)
+            state = self.run_block(state, block, group if group is not None and group >= done else None)
         return state
+
+    def walk_to(self, state: State, group: int, reduce: Sequence[int]) -> State:
+        """Runs up to the place where `group` reduces, with the reducers of the given groups."""
+        block = self.config.first_blocks[group]
+        state = self.walk(state, block, reduce)
+        return self.attend_block(state, block) if self.config.place == "between" and not state.half else state
 
     def reduce_with(self, state: State, group: int) -> State:
         """Applies one group's reducer to a paused state."""
-        return self.after_reduction(state, self.reducers[group](state.tokens, state.key_THK))
+        reducer = self.reducers[group]
+        # Reducers of other packages may not know of class logits.
+        seen = (state.key_THK, state.class_TH) if reducer.wants_class else (state.key_THK,)
+        return self.after_reduction(state, reducer(state.tokens, *seen))
 
     def after_reduction(self, state: State, reduction: Reduction) -> State:
         """The state that goes on after a reduction."""
         record = replace(reduction, tokens=reduction.tokens.without_x())  # places are remembered, values would only fill memory
-        return replace(state, tokens=reduction.tokens, key_THK=None, reductions=(*state.reductions, record))
+        reductions = (*state.reductions, record)
+        return replace(state, tokens=reduction.tokens, key_THK=None, class_TH=None, reductions=reductions)
 
-    def run_block(self, state: State, block: int) -> State:
-        """One block. Its keys are kept only where the next block's reducer asks for them."""
-        following = block + 1
-        wanted = following in self.config.first_blocks and self.reducers[self.config.first_blocks.index(following)].wants_keys
-        attended = self.adapter.attend(block, state.tokens, wanted)
-        return replace(state, tokens=self.adapter.feed(block, attended.tokens), key_THK=attended.key_THK, block=following)
+    def run_block(self, state: State, block: int, group: int | None = None) -> State:
+        """What is left of one block, with the reducer of `group` in its place."""
+        between = self.config.place == "between"
+        if group is not None and not between:
+            state = self.reduce_with(state, group)
+        if not state.half:
+            state = self.attend_block(state, block)
+        if group is not None and between:
+            state = self.reduce_with(state, group)
+        return self.feed_block(state, block)
+
+    def attend_block(self, state: State, block: int) -> State:
+        """The first half of a block. Its keys and class logits are kept only where the next reducer asks for them."""
+        place = block if self.config.place == "between" else block + 1
+        keys, logits = False, False
+        if place in self.config.first_blocks:
+            reducer = self.reducers[self.config.first_blocks.index(place)]
+            keys, logits = reducer.wants_keys, reducer.wants_class
+        # Adapters of other packages may not know of class logits.
+        attended = self.adapter.attend(block, state.tokens, keys, **({"want_class": True} if logits else {}))
+        return replace(state, tokens=attended.tokens, key_THK=attended.key_THK, class_TH=attended.class_TH, block=block, half=True)
+
+    def feed_block(self, state: State, block: int) -> State:
+        """The second half of a block."""
+        return replace(state, tokens=self.adapter.feed(block, state.tokens), block=block + 1, half=False)

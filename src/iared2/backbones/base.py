@@ -24,21 +24,37 @@ logger = logging.getLogger("iared2")
 
 @dataclass(frozen=True)
 class Attended:
-    """What a block's attention half hands on: the tokens after it and, if asked for, the keys it used."""
+    """What a block's attention half hands on: the tokens after it and, if asked for, what it knew about them.
+
+    Attributes:
+        key_THK: the keys it used.
+        class_TH: the class token's logits for every row, log of mass left out (`class_logits`).
+    """
 
     tokens: PackedTokens
     key_THK: Float[Tensor, "T H K"] | None = None
+    class_TH: Float[Tensor, "T H"] | None = None
 
 
 @dataclass(frozen=True)
 class BlockCost:
-    """Multiply-adds of one block for an image of n tokens: n * per_token + n^2 * per_pair."""
+    """Multiply-adds of one block for an image of n tokens: n * per_token + n^2 * per_pair.
+
+    `feed_per_token` is the part of `per_token` that falls in the second half, where the block has one.
+    """
 
     per_token: int
     per_pair: int
+    feed_per_token: int = 0
 
-    def macs(self, tokens: int) -> int:
-        return tokens * self.per_token + tokens * tokens * self.per_pair
+    def macs(self, tokens: int, fed: int | None = None) -> int:
+        """For an image of `tokens` tokens, of which `fed` (all by default) reach the second half."""
+        saved = 0 if fed is None else (tokens - fed) * self.feed_per_token
+        return self.linear(tokens) + tokens * tokens * self.per_pair - saved
+
+    def linear(self, tokens: int, fed: int | None = None) -> int:
+        """The same without the two products of attention."""
+        return tokens * self.per_token - (0 if fed is None else (tokens - fed) * self.feed_per_token)
 
 
 class BackboneAdapter(ABC):
@@ -50,6 +66,7 @@ class BackboneAdapter(ABC):
         has_class_token: whether the first prefix token is a class token.
         width, heads, depth: D, H, and the number of blocks.
         splits: for each block, whether a reduction may act between its two halves.
+        gives_class_logits: whether `attend` can be asked for the class token's logits (`want_class=True`).
     """
 
     module: Any
@@ -59,6 +76,7 @@ class BackboneAdapter(ABC):
     heads: int
     depth: int
     splits: tuple[bool, ...]
+    gives_class_logits: bool = False
 
     @classmethod
     @abstractmethod

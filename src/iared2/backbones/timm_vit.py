@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from iared2.backbones.base import Attended, BackboneAdapter, BlockCost, drop_path_per_image, register_adapter
 from iared2.errors import UnsupportedBackboneError
 from iared2.interpreter import QueryKey
-from iared2.tokens.attention import attend
+from iared2.tokens.attention import attend, class_logits
 from iared2.tokens.packed import PackedTokens, mean_per_image, pack, to_grid
 
 ATTENTIONS = (Attention, DiffAttention)
@@ -55,6 +55,8 @@ class TimmViTAdapter(BackboneAdapter):
         self.heads = _heads(module.blocks[0])
         self._embed_macs: dict[tuple[int, ...], int] = {}
         self.splits = tuple(isinstance(block, (vit.Block, vit.ResPostBlock)) for block in module.blocks)
+        plain = all(self.splits) and all(type(block.attn) is Attention for block in module.blocks)
+        self.gives_class_logits = self.has_class_token and plain
 
     @property
     def needs_patch(self) -> bool:  # pooling may change with reset_classifier
@@ -72,20 +74,24 @@ class TimmViTAdapter(BackboneAdapter):
             x_BSD, origin_BP = _drop_patches(module.patch_drop, x_BSD, self.prefix)
         return pack(module.norm_pre(x_BSD), self.prefix, self.grid(*images.shape[-2:]), origin_BP)
 
-    def attend(self, block: int, tokens: PackedTokens, want_keys: bool = False) -> Attended:
-        module = self.module.blocks[block]
+    def attend(self, block: int, tokens: PackedTokens, want_keys: bool = False, want_class: bool = False) -> Attended:
+        module, queries = self.module.blocks[block], None
         if isinstance(module, vit.Block):
-            delta, keys = _attention(module.attn, module.norm1(tokens.x_TD), tokens)
+            delta, keys, queries = _attention(module.attn, module.norm1(tokens.x_TD), tokens)
             delta = _drop_path(module.drop_path1, module.ls1(delta), tokens)
         elif isinstance(module, vit.ResPostBlock):
-            delta, keys = _attention(module.attn, tokens.x_TD, tokens)
+            delta, keys, queries = _attention(module.attn, tokens.x_TD, tokens)
             delta = _drop_path(module.drop_path1, module.norm1(delta), tokens)
         elif isinstance(module, vit.ParallelThingsBlock):
             delta, keys = _parallel_attentions(module, tokens)
         else:
             delta, keys = _one_step(module, tokens)
+        class_TH = None
+        if want_class:
+            assert queries is not None  # `gives_class_logits` says where it can be asked for
+            class_TH = class_logits(queries, keys, tokens.layout)
         # Keys are a view of queries, keys and values together: a copy lets those go.
-        return Attended(tokens.with_x(tokens.x_TD + delta), keys.contiguous() if want_keys else None)
+        return Attended(tokens.with_x(tokens.x_TD + delta), keys.contiguous() if want_keys else None, class_TH)
 
     def feed(self, block: int, tokens: PackedTokens) -> PackedTokens:
         module: Any = self.module.blocks[block]
@@ -150,7 +156,7 @@ class TimmViTAdapter(BackboneAdapter):
     def block_cost(self, block: int) -> BlockCost:
         module = self.module.blocks[block]
         pairs = sum(_pair_macs(attention) for attention in _attentions(module)) or _pair_macs(module)
-        return BlockCost(_linear_macs(module), pairs)
+        return BlockCost(_linear_macs(module), pairs, _linear_macs(module.mlp) if self.splits[block] else 0)
 
     def head_macs(self, tokens: int, places: int) -> int:
         module = self.module
@@ -220,9 +226,10 @@ def _rate(dropout: Any) -> float:
     return dropout.p if dropout.training else 0.0
 
 
-def _attention(module: Any, x_TD: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+def _attention(module: Any, x_TD: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What attention adds to its tokens, its keys, and its queries where they are plain."""
     if isinstance(module, DiffAttention):
-        return _diff_attention(module, x_TD, tokens)
+        return (*_diff_attention(module, x_TD, tokens), None)
     gate = module.gate(x_TD).sigmoid() if getattr(module, "gate", None) is not None else None
     q, k, v = module.qkv(x_TD).view(x_TD.shape[0], 3, module.num_heads, module.head_dim).unbind(1)
     q, k = module.q_norm(q), module.k_norm(k)
@@ -230,7 +237,7 @@ def _attention(module: Any, x_TD: Tensor, tokens: PackedTokens) -> tuple[Tensor,
     out = module.norm(out)
     if gate is not None:
         out = out * gate
-    return module.proj_drop(module.proj(out)), k
+    return module.proj_drop(module.proj(out)), k, q
 
 
 def _differential(module: Any, q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens) -> Tensor:
@@ -253,7 +260,7 @@ def _diff_attention(module: Any, x_TD: Tensor, tokens: PackedTokens) -> tuple[Te
 def _parallel_attentions(module: Any, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
     deltas, keys = [], []
     for branch in module.attns:
-        delta, key = _attention(branch.attn, branch.norm(tokens.x_TD), tokens)
+        delta, key, _ = _attention(branch.attn, branch.norm(tokens.x_TD), tokens)
         deltas.append(_drop_path(branch.drop_path, branch.ls(delta), tokens))
         keys.append(key)
     return torch.stack(deltas).sum(0), torch.cat(keys, dim=1)

@@ -124,12 +124,11 @@ def _outcome(
     model: ReducedTransformer, labels: Int[Tensor, " B"], logits: tuple[Tensor, Tensor], trace: Trace, size: tuple[int, int]
 ) -> Outcome:
     kept_BG = trace.keep_GBN.sum(-1).T.tolist()
-    reducers: dict[int, Any] = dict(zip(model.config.first_blocks, model.reducers, strict=True))
     patches = math.prod(trace.grid)
 
     @cache
     def linear(kept: tuple[int, ...]) -> int:
-        return cost.reduced_macs(model.adapter, reducers, size, patches, kept, products=False)
+        return model.macs(size, patches, kept, products=False)
 
     dense_linear = cost.dense_macs(model.adapter, *size, products=False)
     return Outcome(

@@ -1,4 +1,4 @@
-"""What a reducer is: scorer + keep rule + hand-over, acting before a block."""
+"""What a reducer is: scorer + keep rule + hand-over, acting before a block or between its two halves."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,12 +11,16 @@ from iared2.tokens.packed import Layout, PackedTokens, Selection, scatter_places
 
 @dataclass(frozen=True)
 class Reduction:
-    """One reduction as it happened: what came in, the scores, what goes on."""
+    """One reduction as it happened: what came in, the scores, what goes on.
+
+    `chance_T` is what the rule acted on, where that is not the score itself.
+    """
 
     before: Layout
     score_T: Float[Tensor, " T"]
     chosen: Selection
     tokens: PackedTokens
+    chance_T: Float[Tensor, " T"] | None = None
 
     @property
     def score_BN(self) -> Float[Tensor, "B N"]:
@@ -44,19 +48,24 @@ class Reducer(nn.Module, ABC):
     """Shortens a pack before a block.
 
     Attributes:
-        wants_keys: whether `forward` needs the previous block's attention keys.
+        wants_keys: whether `forward` needs the keys of the attention before it.
+        wants_class: whether `forward` needs the class token's logits in that attention.
         merges: whether dropped patches live on in kept ones.
     """
 
     wants_keys: bool = False
+    wants_class: bool = False
     merges: bool = False
 
     @abstractmethod
-    def forward(self, tokens: PackedTokens, key_THK: Float[Tensor, "T H K"] | None) -> Reduction:
+    def forward(
+        self, tokens: PackedTokens, key_THK: Float[Tensor, "T H K"] | None, class_TH: Float[Tensor, "T H"] | None = None
+    ) -> Reduction:
         """Reduces one pack.
 
         Args:
-            key_THK: keys of the block before, for the same rows; None before block 0.
+            key_THK: keys of the attention before it, for the same rows; None before block 0, or where nobody wants them.
+            class_TH: the class token's logits in that attention, likewise.
         """
 
     @abstractmethod

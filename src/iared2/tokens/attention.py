@@ -59,6 +59,13 @@ def attend(  # noqa: PLR0913, PLR0917 - q, k and v are one thing in three parts
     raise ConfigError(f"attention: got impl={impl!r}, wanted one of {', '.join(IMPLEMENTATIONS)}")
 
 
+def class_logits(q_THK: Float[Tensor, "T H K"], k_THK: Float[Tensor, "T H K"], layout: Layout) -> Float[Tensor, "T H"]:
+    """What each image's first token attends to: q k^T / sqrt(K) of every row, mass left out, in fp32 at least."""
+    exact = torch.promote_types(q_THK.dtype, torch.float32)
+    first_BHK = q_THK[layout.cu_B1[:-1].long()].to(exact) * q_THK.shape[-1] ** -0.5
+    return (k_THK.to(exact) * first_BHK[layout.image_T]).sum(-1)
+
+
 def _choose(q_THK: Tensor, layout: Layout, dropout: float) -> str:
     if layout.uniform is not None:
         return "uniform"

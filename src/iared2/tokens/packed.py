@@ -291,6 +291,19 @@ def to_grid(tokens: PackedTokens) -> tuple[Float[Tensor, "B L D"], Float[Tensor,
     return tokens.x_TD[rows_BL], torch.where((tokens.carrier_BN >= 0)[..., None], filled, 0.0)
 
 
+def sum_of_patches(value_T: Float[Tensor, " T"], layout: Layout) -> Float[Tensor, " B"]:
+    """The sum over each image's patch rows."""
+    patch_T = torch.where(layout.is_patch_T, value_T, 0.0)
+    return patch_T.new_zeros(layout.images).index_add(0, layout.image_T, patch_T)
+
+
+def best_of_patches(value_TF: Float[Tensor, "T F"], layout: Layout) -> Float[Tensor, "B F"]:
+    """The largest value among each image's patch rows, feature by feature; -inf where there is no patch."""
+    patch_TF = value_TF.masked_fill(~layout.is_patch_T[:, None], float("-inf"))
+    index_TF = layout.image_T[:, None].expand_as(patch_TF)
+    return patch_TF.new_full((layout.images, patch_TF.shape[1]), float("-inf")).scatter_reduce(0, index_TF, patch_TF, "amax")
+
+
 def mean_per_image(tokens: PackedTokens, include_prefix: bool = False) -> Float[Tensor, "B D"]:
     """The mean over each image's patches (and prefix tokens, if asked for); a merged token counts once for each patch."""
     layout, x_TD = tokens.layout, tokens.x_TD

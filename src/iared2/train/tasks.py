@@ -1,5 +1,7 @@
 """The stages of Algorithm 1 as tasks: REINFORCE for one interpreter, cross-entropy for the blocks behind it."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -52,7 +54,7 @@ class GroupTask(Task):
     @torch.no_grad()
     def compute_prefix(self, images: Float[Tensor, "B C height width"]) -> State:
         """The state in front of the group's reducer, computed anew."""
-        state = self.model.walk(self.model.start(images), self.first_block, reduce=range(self.group))
+        state = self.model.walk_to(self.model.start(images), self.group, reduce=range(self.group))
         for reduction in state.reductions:
             self.finite(reduction.score_T)
         return state
@@ -77,6 +79,11 @@ class GroupTask(Task):
         if not score_T.isfinite().all():
             raise FloatingPointError("the interpreter's scores are not finite")
         return score_T
+
+    def chance(self, state: State) -> Float[Tensor, " T"]:
+        """What the group's rule acts on in front of its reducer, with gradients."""
+        score_T = self.reducer.interpreter(state.tokens, state.class_TH)
+        return self.reducer.chance(score_T, state.tokens, state.key_THK)
 
     def finish(self, state: State, reduction: Reduction) -> Float[Tensor, "B classes"]:
         """Logits after a reduction; later groups keep everything, as the curriculum has it."""
@@ -120,16 +127,16 @@ class InterpreterTask(ScoringTask):
         state = self.frozen_prefix(batch)
         layout = state.tokens.layout
         goal = batch["labels"] if self.config.target == "label" else self.dense_log_p(batch)
-        score_T = self.finite(self.reducer.interpreter(state.tokens))
+        chance_T = self.finite(self.chance(state))
         spare = self.model.adapter.needs_patch
         with torch.no_grad():
-            sampled = self.reducer.apply_rule(Sampled(spare), score_T.detach(), state.tokens, state.key_THK)
-            greedy = self.reducer.apply_rule(Threshold(0.5, spare), score_T.detach(), state.tokens, state.key_THK)
+            sampled = self.reducer.apply_rule(Sampled(spare), chance_T.detach(), state.tokens, state.key_THK)
+            greedy = self.reducer.apply_rule(Threshold(0.5, spare), chance_T.detach(), state.tokens, state.key_THK)
             reward_B = self._reward(state, sampled, goal)
             baseline_B = self._reward(state, greedy, goal)
         keep_T = torch.zeros_like(layout.is_patch_T).index_fill(0, sampled.chosen.index_S, True)
-        log_p_B = self._per_image(log_probability(score_T, keep_T), layout)
-        entropy_T = entropy(score_T)[layout.is_patch_T]
+        log_p_B = self._per_image(log_probability(chance_T, keep_T), layout)
+        entropy_T = entropy(chance_T)[layout.is_patch_T]
         loss = policy_gradient_loss(log_p_B, reward_B - baseline_B) - self.entropy_bonus * entropy_T.mean()
         return {
             "loss": loss,
@@ -189,7 +196,7 @@ class BlocksTask(GroupTask):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         state = self.frozen_prefix(batch)
         with torch.no_grad():
-            reduction = self.reducer(state.tokens, state.key_THK)
+            reduction = self.reducer(state.tokens, state.key_THK, state.class_TH)
             self.finite(reduction.score_T)
         logits = self.finish(state, reduction)
         (dense,) = self._teacher
@@ -209,11 +216,14 @@ class BlocksTask(GroupTask):
 def split_state(state: State) -> list[State]:
     """One paused state per image; what earlier groups decided is no longer in it."""
     offsets = state.tokens.layout.offsets
-    keys = [None if state.key_THK is None else state.key_THK[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
-    return [State(tokens, key, state.block) for tokens, key in zip(split(state.tokens), keys, strict=True)]
+    bounds = list(zip(offsets[:-1], offsets[1:], strict=True))
+    keys, logits = ([None if x is None else x[a:b] for a, b in bounds] for x in (state.key_THK, state.class_TH))
+    packs = split(state.tokens)
+    return [replace(state, tokens=t, key_THK=k, class_TH=c, reductions=()) for t, k, c in zip(packs, keys, logits, strict=True)]
 
 
 def join_states(states: list[State]) -> State:
     """The reverse of `split_state`."""
-    keys = [state.key_THK for state in states if state.key_THK is not None]
-    return State(join([state.tokens for state in states]), torch.cat(keys) if keys else None, states[0].block)
+    keys, logits = ([x for x in values if x is not None] for values in zip(*((s.key_THK, s.class_TH) for s in states), strict=True))
+    tokens, key_THK, class_TH = join([s.tokens for s in states]), torch.cat(keys) if keys else None, torch.cat(logits) if logits else None
+    return replace(states[0], tokens=tokens, key_THK=key_THK, class_TH=class_TH, reductions=())

@@ -65,7 +65,7 @@ class WarmStartTask(ScoringTask):
         count = share_of(self.ratio, layout.places)
         best = evidence_BN.masked_fill(~here_BN, float("-inf")).topk(count, dim=1).indices
         wanted_BN = torch.zeros_like(evidence_BN).scatter_(1, best, 1.0)
-        logit_TH = self.reducer.interpreter.logits(state.tokens)
+        logit_TH = self.reducer.interpreter.logits(state.tokens, state.class_TH)
         score_BN = scatter_places(self.finite(logit_TH.sigmoid().mean(-1)), layout)
         chance_BN = scatter_places((logit_TH / self.sharpness).sigmoid().mean(-1), layout)
         loss = F.binary_cross_entropy(chance_BN[here_BN], wanted_BN[here_BN])

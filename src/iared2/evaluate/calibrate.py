@@ -1,0 +1,242 @@
+"""Calibration: one threshold per group for any budget, from a few hundred pictures without labels.
+
+Each group's threshold is the chance at which, over all pictures, its share of patches is left. Reductions are walked in
+order with all pictures at once, so that every threshold is found on what the ones before it let through: one forward pass
+over the pictures per schedule. Pictures keep as many patches as they need; the shares hold on average.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from iared2 import cost
+from iared2.budget import Budget, curve, powered, solve_power
+from iared2.errors import ConfigError, DataError
+from iared2.evaluate.machine import synchronise
+from iared2.keep import Threshold
+from iared2.model import ReducedTransformer
+
+logger = logging.getLogger("iared2.evaluate")
+
+TOLERANCE = 0.002  # share of the dense multiply-adds at which a schedule is near enough
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What calibrated thresholds did on the pictures they were chosen on.
+
+    Attributes:
+        thresholds: one per group.
+        ratios: share of patches left after each group, mean over pictures.
+        share: multiply-adds as a share of the dense model's, mean over pictures.
+        agreement: pictures on which reduced and dense model name the same class, in percent (cosine x 100 without a classifier).
+        kl: Kullback-Leibler divergence from dense to reduced in nats (0 without a classifier).
+        slope: change of `share` for a threshold that is 0.01 higher in every group.
+        pictures: how many there were.
+        milliseconds: time per image, where a time was asked for.
+    """
+
+    thresholds: tuple[float, ...]
+    ratios: tuple[float, ...]
+    share: float
+    agreement: float
+    kl: float
+    slope: float
+    pictures: int
+    milliseconds: float | None = None
+
+    def line(self) -> str:
+        """One line for people."""
+        kept = ", ".join(f"{ratio:.2f}" for ratio in self.ratios)
+        spent = "" if self.milliseconds is None else f", {self.milliseconds:.2f} ms per image"
+        return (
+            f"{self.share:.3f} of the dense multiply-adds{spent}; agreement with dense {self.agreement:.1f} %, KL {self.kl:.4f} "
+            f"(on {self.pictures} pictures); patches left after each group {kept}; thresholds 0.01 higher: {self.slope:+.4f}x"
+        )
+
+
+class Calibrator:
+    """Pictures and the dense model's answers to them, and searches over thresholds.
+
+    Args:
+        batches: images (B, 3, height, width), all of one size; a few hundred pictures in all.
+
+    Raises:
+        DataError: there are no pictures.
+        ConfigError: the model's answers are not finite.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: ReducedTransformer, batches: Sequence[Float[Tensor, "B 3 height width"]]) -> None:
+        if not batches:
+            raise DataError("calibration: there are no pictures to calibrate on")
+        self.model, self.batches = model.eval(), list(batches)
+        self.dense = [self._finite(model.backbone(images)).float() for images in self.batches]
+        self.size = (self.batches[0].shape[-2], self.batches[0].shape[-1])
+        self.pictures = sum(len(images) for images in self.batches)
+        self.dense_macs = cost.dense_macs(model.adapter, *self.size)
+
+    @staticmethod
+    def _finite(output: Tensor) -> Tensor:
+        if not output.isfinite().all():
+            raise ConfigError(
+                "the backbone's answers are not finite (NaN or infinite), so there is nothing to agree with; check its weights"
+            )
+        return output
+
+    def family(self) -> tuple[float, ...]:
+        """The schedule whose powers are searched: that of the present thresholds, or the plain curve where they say nothing yet."""
+        ratios = self.measure().ratios
+        settled = all(0 < ratio < 1 for ratio in ratios)
+        config = self.model.config
+        return ratios if settled else curve(self.model.adapter.depth, config.first_blocks, config.place == "between")
+
+    def share_of(self, ratios: Sequence[float]) -> float:
+        """What images that keep exactly these shares of their patches would cost, as a share of the dense model."""
+        rows, columns = self.model.adapter.grid(*self.size)
+        places, least = rows * columns, int(self.model.adapter.needs_patch)
+        lengths = [max(least, round(ratio * places)) for ratio in ratios]
+        return self.model.macs(self.size, places, lengths) / self.dense_macs
+
+    @torch.inference_mode()
+    def thresholds_for(self, ratios: Sequence[float]) -> tuple[float, ...]:
+        """Thresholds that leave these shares of patches, and sets the model to them."""
+        states = [self.model.start(images) for images in self.batches]
+        found: list[float] = []
+        for group, ratio in enumerate(ratios):
+            reducer = self.model.reducers[group]
+            states = [self.model.walk_to(state, group, reduce=()) for state in states]
+            chances = []
+            for state in states:
+                chance_T = reducer.chance(reducer.interpreter(state.tokens, state.class_TH), state.tokens, state.key_THK)
+                chances.append(chance_T[state.tokens.layout.is_patch_T].double())
+            found.append(_boundary(torch.cat(chances), round(ratio * self.pictures * states[0].tokens.layout.places)))
+            reducer.rule = Threshold(found[-1], self.model.adapter.needs_patch)
+            states = [self.model.reduce_with(state, group) for state in states]
+        self.model.threshold = tuple(found)
+        return tuple(found)
+
+    @torch.inference_mode()
+    def measure(self) -> Expectation:
+        """What the model's present thresholds do."""
+        agree = divergence = share = 0.0
+        kept = torch.zeros(len(self.model.reducers))
+        for images, dense in zip(self.batches, self.dense, strict=True):
+            logits, trace = self.model.trace(images)
+            logits = logits.float()
+            if self.model.num_classes:
+                agree += (logits.argmax(1) == dense.argmax(1)).sum().item()
+                divergence += F.kl_div(logits.log_softmax(1), dense.log_softmax(1), reduction="sum", log_target=True).item()
+            else:
+                agree += F.cosine_similarity(logits, dense, dim=1).sum().item()
+            share += trace.share_of_dense() * len(images)
+            kept += trace.keep_ratio.sum(0).cpu()
+        count, thresholds = self.pictures, self.model.threshold
+        each = thresholds if isinstance(thresholds, tuple) else (thresholds,) * len(self.model.reducers)
+        ratios = tuple((kept / count).tolist())
+        return Expectation(each, ratios, share / count, 100 * agree / count, divergence / count, 0.0, count)
+
+    def to_share(self, share: float) -> Expectation:
+        """Thresholds at which pictures cost `share` of the dense multiply-adds on average.
+
+        Raises:
+            ConfigError: the reductions of this model cannot get there.
+        """
+        family = self.family()
+        power = solve_power(self.share_of, family, share)
+        expected = self._at(family, power)
+        aim = share
+        for _ in range(4):  # pictures that keep different numbers cost a little more than the mean picture
+            if abs(expected.share - share) < TOLERANCE:
+                break
+            aim += share - expected.share
+            try:
+                power = solve_power(self.share_of, family, aim)
+            except ConfigError:
+                break
+            expected = self._at(family, power)
+        return self._with_slope(expected)
+
+    def to_disagreement(self, allowed: float) -> Expectation:
+        """The cheapest thresholds at which at most `allowed` percent of the pictures get another class than from the dense model.
+
+        Raises:
+            ConfigError: not even the mildest schedule agrees so well.
+        """
+        family = self.family()
+        low, high, best = 0.0, 4.0, None
+        for _ in range(8):
+            middle = (low + high) / 2
+            found = self._at(family, middle)
+            if 100 - found.agreement <= allowed:
+                low, best = middle, (middle, found)
+            else:
+                high = middle
+        if best is None:
+            raise ConfigError(f"disagreement: got {allowed:g} %, which no schedule of this model reaches on these pictures; allow more")
+        return self._with_slope(self._at(family, best[0]))
+
+    def to_milliseconds(self, wanted: float) -> Expectation:
+        """Thresholds at which an image takes `wanted` milliseconds here, at the batch size of the pictures.
+
+        Raises:
+            ConfigError: the dense model is faster already, or the fastest schedule slower.
+        """
+        family, low, high = self.family(), 0.0, 4.0
+        slow, fast = self._timed(family, low)[1], self._timed(family, high)[1]
+        if not fast <= wanted <= slow:
+            raise ConfigError(
+                f"budget: got {wanted:g} ms per image, but this model takes between {fast:.2f} and {slow:.2f} ms here at a batch of "
+                f"{len(self.batches[0])}; name a time in between, or another batch size"
+            )
+        found = self._timed(family, 1.0)
+        for _ in range(7):
+            middle = (low + high) / 2
+            found = self._timed(family, middle)
+            low, high = (middle, high) if found[1] > wanted else (low, middle)
+        return replace(self._with_slope(found[0]), milliseconds=found[1])
+
+    def meet(self, budget: Budget) -> Expectation:
+        """Thresholds for a budget of any kind."""
+        return self.to_milliseconds(budget.value) if budget.kind == "ms" else self.to_share(budget.share(self.dense_macs))
+
+    def _at(self, family: Sequence[float], power: float) -> Expectation:
+        self.thresholds_for(powered(family, power))
+        return self.measure()
+
+    def _timed(self, family: Sequence[float], power: float) -> tuple[Expectation, float]:
+        expected = self._at(family, power)
+        device, times = self.batches[0].device, []
+        with torch.inference_mode():
+            self.model(self.batches[0])
+            for images in self.batches[:8]:
+                synchronise(device)
+                start = time.perf_counter()
+                self.model(images)
+                synchronise(device)
+                times.append(1000 * (time.perf_counter() - start) / len(images))
+        return expected, statistics.median(times)
+
+    def _with_slope(self, expected: Expectation) -> Expectation:
+        """Measures once more with all thresholds 0.01 higher, and puts them back."""
+        self.model.threshold = tuple(value + 0.01 for value in expected.thresholds)
+        slope = self.measure().share - expected.share
+        self.model.threshold = expected.thresholds
+        return replace(expected, slope=slope)
+
+
+def _boundary(chance_P: Float[Tensor, " P"], keep: int) -> float:
+    """A threshold that `keep` of these chances exceed (more or fewer where several are equal)."""
+    if keep >= len(chance_P):
+        return -1.0
+    ranked = chance_P.sort(descending=True).values
+    if keep == 0:
+        return float(ranked[0])
+    return float((ranked[keep - 1] + ranked[keep]) / 2)

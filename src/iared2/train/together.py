@@ -1,0 +1,274 @@
+"""All interpreters at once, along one walk: imitation of the dense model's evidence, then REINFORCE on whole walks.
+
+The paper's curriculum (`tasks`) trains one interpreter after the other. With many small reductions that takes as many
+stages; here every reduction of a walk is a decision of one policy, rewarded by where the walk ends.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from iared2 import cost
+from iared2.keep import BatchBudget, Sampled
+from iared2.model import ReducedTransformer
+from iared2.reducers.base import Reduction
+from iared2.reducers.iared2 import InterpreterReducer
+from iared2.reward import entropy, log_probability
+from iared2.settings import Settings
+from iared2.tokens.packed import scatter_places, sum_of_patches
+from iared2.train.evidence import dense_evidence
+from iared2.train.tasks import GroupTask, join_states, split_state
+from iared2.train.trainer import Task
+from iared2.walk import State
+
+_LEAST = 1e-8
+
+
+class WalkSettings(Settings):
+    """How whole walks are rewarded and compared."""
+
+    samples: int = Field(4, ge=2, description="walks per picture; each is compared with the others")
+    price: float = Field(0.3, gt=0, description="first price of the dense model's multiply-adds, in units of agreement")
+    steering: float = Field(0.5, ge=0, description="how fast the price follows the budget; 0 leaves it")
+    labels: bool = Field(False, description="reward the probability of the label instead of agreement with the dense model")
+    normalise_advantage: bool = Field(False, description="divide advantages by their standard deviation over the batch")
+    entropy_bonus: float = Field(0.0, ge=0)
+
+
+@dataclass
+class Memory:
+    """What was computed once for a picture and holds for the whole run: evidence per group, and the dense model's output."""
+
+    evidence: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+
+
+class TogetherTask(Task):
+    """What the stages share: which parameters learn, and what the dense model says of a picture.
+
+    Args:
+        memory: shared by the stages of a run; None where pictures are augmented, and so never the same.
+        against: how much evidence against the predicted class counts.
+    """
+
+    def __init__(self, model: ReducedTransformer, memory: Memory | None, against: float = 0.3) -> None:
+        super().__init__()
+        self.model, self.against = model, against
+        self._memory = memory
+
+    def begin(self) -> None:
+        self.model.requires_grad_(False).eval()
+        self.model.reducers.requires_grad_(True)
+
+    @property
+    def remembers(self) -> bool:
+        return self._memory is not None
+
+    def look_back(self, batch: dict[str, Tensor]) -> None:
+        self.dense(batch)
+
+    def dense(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, "G B N"], Float[Tensor, "B C"]]:
+        """Evidence for each group on the grid, and the dense model's output."""
+        indices, memory = batch["indices"].tolist(), self._memory
+        if memory is not None and all(index in memory.outputs for index in indices):
+            found = torch.stack([memory.evidence[index].float() for index in indices], dim=1)
+            return found, torch.stack([memory.outputs[index].float() for index in indices])
+        evidence, output = dense_evidence(self.model, batch["images"])
+        first = 1 if self.model.config.place == "between" else 0  # the block's own attention has run by then
+        blocks = [min(block + first, self.model.adapter.depth - 1) for block in self.model.config.first_blocks]
+        found = torch.stack([evidence.from_block(block, self.against) for block in blocks])
+        if memory is not None:
+            # bfloat16 has the range of evidence; outputs are rewarded by their last digits.
+            memory.evidence.update(zip(indices, found.bfloat16().unbind(1), strict=True))
+            memory.outputs.update(zip(indices, output.unbind(0), strict=True))
+        return found, output
+
+
+class ImitationTask(TogetherTask):
+    """Each interpreter learns how the dense model's evidence is shared among the tokens it sees.
+
+    Along the walk the share I_i m_i / sum_j I_j m_j of a token should be its share of the evidence on all patches that it
+    carries: the Kullback-Leibler divergence between the two is the loss. `ratios` says how much each group keeps meanwhile,
+    over the whole batch; chances are moved so that their threshold of 0.5 keeps that much.
+    """
+
+    def __init__(self, model: ReducedTransformer, ratios: Sequence[float], memory: Memory | None, against: float = 0.3) -> None:
+        super().__init__(model, memory, against)
+        self.ratios = tuple(ratios)
+
+    def begin(self) -> None:
+        super().begin()
+        for reducer in self.model.reducers:
+            if reducer.worth is not None:
+                reducer.worth.requires_grad_(False)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        evidence_GBN, _ = self.dense(batch)
+        with torch.no_grad():
+            state = self.model.start(batch["images"])
+        losses, kept = [], []
+        for group, ratio in enumerate(self.ratios):
+            reducer = self.model.reducers[group]
+            with torch.no_grad():
+                state = self.model.walk_to(state, group, reduce=())
+            score_T = GroupTask.finite(reducer.interpreter(state.tokens, state.class_TH))
+            losses.append(share_loss(score_T, state, evidence_GBN[group]))
+            with torch.no_grad():
+                chance_T = reducer.chance(score_T.detach(), state.tokens, state.key_THK)
+                rule = BatchBudget(ratio, self.model.adapter.needs_patch)
+                reduction = reducer.apply_rule(rule, score_T.detach(), state.tokens, state.key_THK, chance_T)
+                follow_boundary(reducer, chance_T, reduction)
+                kept.append(reduction.kept_B.float().mean() / reduction.before.places)
+                state = self.model.after_reduction(state, reduction)
+        return {
+            "loss": torch.stack(losses).sum(),
+            "divergence": torch.stack(losses).mean().detach(),
+            "keep_ratio": torch.stack(kept).mean(),
+        }
+
+
+def share_loss(score_T: Float[Tensor, " T"], state: State, evidence_BN: Float[Tensor, "B N"]) -> Float[Tensor, ""]:
+    """KL from the tokens' shares of relevance to their shares of the evidence, mean over images."""
+    tokens, layout = state.tokens, state.tokens.layout
+    relevance_T = score_T if tokens.mass_T is None else score_T * tokens.mass_T
+    carrier_BN = tokens.carrier_BN
+    spare = layout.places
+    carried_BN = evidence_BN.new_zeros(len(evidence_BN), spare + 1).scatter_add(
+        1, torch.where(carrier_BN >= 0, carrier_BN, spare), evidence_BN
+    )
+    wanted_BN = carried_BN[:, :spare] + 1e-3 * carried_BN[:, :spare].mean(1, keepdim=True)
+    here_BN = scatter_places(torch.ones_like(score_T), layout) > 0
+    wanted_BN = torch.where(here_BN, wanted_BN, 0.0)
+    wanted_BN = wanted_BN / wanted_BN.sum(1, keepdim=True).clamp(min=_LEAST)
+    found_BN = scatter_places(relevance_T, layout)
+    found_BN = found_BN / found_BN.sum(1, keepdim=True).clamp(min=_LEAST)
+    return F.kl_div((found_BN + _LEAST).log(), wanted_BN, reduction="batchmean")
+
+
+@torch.no_grad()
+def follow_boundary(reducer: InterpreterReducer, chance_T: Tensor, reduction: Reduction, speed: float = 0.05) -> None:
+    """Moves a worth's offset so that the last chance kept becomes one half, a small step at a time."""
+    if reducer.worth is None:
+        return
+    layout = reduction.before
+    kept_T = torch.zeros_like(layout.is_patch_T).index_fill(0, reduction.chosen.index_S, True) & layout.is_patch_T
+    lost_T = ~kept_T & layout.is_patch_T
+    if not kept_T.any() or not lost_T.any():
+        return
+    logit_T = torch.logit(chance_T, eps=1e-6)
+    middle = (logit_T[kept_T].min() + logit_T[lost_T].max()) / 2
+    reducer.worth.offset.add_(speed * middle / reducer.worth.config.steepness)
+
+
+@dataclass
+class Drawn:
+    """A walk in which every reduction drew: where it ended, and what led there. B images, G groups."""
+
+    state: State
+    log_p_B: Float[Tensor, " B"]
+    kept_GB: list[Tensor]
+    entropy: list[Tensor]
+
+
+class WalkTask(TogetherTask):
+    """REINFORCE on whole walks: every reduction draws, and the image's reward is known at the end.
+
+    The reward of a walk is its agreement with the dense model (exp(-KL), or the cosine of embeddings; with `labels` the
+    probability of the right class) minus `price` times its share of the dense multiply-adds. K walks share the part in front of
+    the first reduction; each is compared with the others of its image (leave-one-out, an unbiased baseline). The price rises
+    while walks cost more than `share` and falls while they cost less, so that the budget is met without a penalty to tune.
+    """
+
+    def __init__(self, model: ReducedTransformer, settings: WalkSettings, memory: Memory | None, share: float) -> None:
+        super().__init__(model, memory)
+        self.settings, self.share = settings, share
+        # In the model, so that checkpoints hold it.
+        model.reducers.register_buffer("price", torch.tensor(settings.price))
+
+    @property
+    def price(self) -> Tensor:
+        return self.model.reducers.price
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        _, output = self.dense(batch)
+        size, times = (batch["images"].shape[-2], batch["images"].shape[-1]), self.settings.samples
+        with torch.no_grad():
+            start = self.model.walk_to(self.model.start(batch["images"]), 0, reduce=())
+        drawn = self._draw(repeat(start, times))
+        with torch.no_grad():
+            degree = self._degree(drawn.state, output, batch["labels"])
+            share = self._shares(drawn.kept_GB, size).to(degree)
+            reward_KB = (degree - self.price * share).view(times, -1)
+            advantage_KB = (reward_KB - reward_KB.mean(0)) * times / (times - 1)
+            if self.settings.normalise_advantage:
+                advantage_KB = advantage_KB / advantage_KB.std().clamp(min=_LEAST)
+            self._steer(share.mean())
+        entropy_mean = torch.stack(drawn.entropy).mean()
+        loss = -(advantage_KB.flatten() * drawn.log_p_B).mean() - self.settings.entropy_bonus * entropy_mean
+        return {
+            "loss": loss,
+            "reward": reward_KB.mean(),
+            "agreement": degree.mean(),
+            "macs_share": share.mean(),
+            "price": self.price.clone(),
+            "entropy": entropy_mean.detach(),
+        }
+
+    def _draw(self, state: State) -> Drawn:
+        rule, log_p, entropies, kept = Sampled(self.model.adapter.needs_patch), [], [], []
+        for group, reducer in enumerate(self.model.reducers):
+            with torch.no_grad():
+                state = self.model.walk_to(state, group, reduce=())
+            layout = state.tokens.layout
+            score_T = GroupTask.finite(reducer.interpreter(state.tokens, state.class_TH))
+            chance_T = reducer.chance(score_T, state.tokens, state.key_THK)
+            with torch.no_grad():
+                reduction = reducer.apply_rule(rule, score_T.detach(), state.tokens, state.key_THK, chance_T.detach())
+                keep_T = torch.zeros_like(layout.is_patch_T).index_fill(0, reduction.chosen.index_S, True)
+                state = self.model.after_reduction(state, reduction)
+            log_p.append(sum_of_patches(log_probability(chance_T, keep_T), layout))
+            entropies.append(entropy(chance_T)[layout.is_patch_T].mean())
+            kept.append(reduction.kept_B)
+        return Drawn(state, torch.stack(log_p).sum(0), kept, entropies)
+
+    def _degree(self, state: State, output: Float[Tensor, "B C"], label_B: Tensor) -> Float[Tensor, " KB"]:
+        state = self.model.walk(state, self.model.adapter.depth, reduce=())
+        found = self.model.adapter.head(state.tokens).float()
+        if self.settings.labels:
+            return found.softmax(1).gather(1, label_B.repeat(self.settings.samples)[:, None]).squeeze(1)
+        return agreement(found, output.repeat(self.settings.samples, 1), self.model.num_classes)
+
+    def _shares(self, kept_GB: Sequence[Tensor], size: tuple[int, int]) -> Float[Tensor, " KB"]:
+        rows, columns = self.model.adapter.grid(*size)
+        dense = cost.dense_macs(self.model.adapter, *size)
+
+        @cache
+        def share(lengths: tuple[int, ...]) -> float:
+            return self.model.macs(size, rows * columns, lengths) / dense
+
+        return torch.tensor([share(tuple(row)) for row in torch.stack(list(kept_GB), dim=1).tolist()])
+
+    def _steer(self, share: Float[Tensor, ""]) -> None:
+        """One step of the price towards the budget, at most a tenth, the same on every rank."""
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(share)
+            share = share / torch.distributed.get_world_size()
+        self.price.mul_((self.settings.steering * (share - self.share)).clamp(-0.1, 0.1).exp())
+
+
+def agreement(found: Float[Tensor, "B C"], dense: Float[Tensor, "B C"], classes: int) -> Float[Tensor, " B"]:
+    """exp(-KL) to the dense model's answer; without a classifier, the cosine of the embeddings."""
+    if not classes:
+        return F.cosine_similarity(found, dense, dim=1)
+    return (-F.kl_div(found.log_softmax(1), dense.log_softmax(1), reduction="none", log_target=True).sum(1)).exp()
+
+
+def repeat(state: State, times: int) -> State:
+    """The same paused state `times` times behind one another."""
+    return state if times == 1 else join_states([one for _ in range(times) for one in split_state(state)])

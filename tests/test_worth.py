@@ -1,0 +1,183 @@
+"""What a token is worth: against pair-by-pair loops in float64, on every path the library takes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import iared2
+import oracle
+from families import FAMILIES
+from iared2.errors import ConfigError
+from iared2.interpreter import InterpreterConfig, relative_log
+from iared2.tokens.attention import class_logits
+from iared2.worth import Worth, WorthConfig, _nearest_padded, nearest_better
+from packs import make_pack, rows_of, seeds, some_places
+
+images = st.lists(some_places, min_size=1, max_size=4)
+
+
+def worth(redundancy: float = 0.7, offset: float = -0.4, steepness: float = 2.5) -> Worth:
+    module = Worth(WorthConfig(redundancy=redundancy, steepness=steepness)).double()
+    module.offset.data.fill_(offset)
+    return module
+
+
+@given(images, seeds, st.booleans())
+@settings(deadline=None)
+def test_chances_are_the_oracles(kept, seed, weighed):
+    tokens = make_pack(kept, prefix=2, width=5, seed=seed)
+    draw = torch.Generator().manual_seed(seed)
+    score_T = torch.rand(len(tokens.x_TD), dtype=torch.float64, generator=draw) * 0.9 + 0.05
+    feature_TF = torch.randn(len(tokens.x_TD), 6, dtype=torch.float64, generator=draw)
+    if weighed:
+        tokens = type(tokens)(tokens.x_TD, tokens.layout, torch.randint(1, 9, score_T.shape, generator=draw).double())
+    chance_T = worth()(score_T, tokens, feature_TF)
+    for rows in rows_of(tokens.layout):
+        patches = rows[2:]
+        mass = [1.0] * len(patches) if tokens.mass_T is None else tokens.mass_T[patches].tolist()
+        wanted = oracle.chances(score_T[patches], mass, feature_TF[patches], (0.7, -0.4, 2.5))
+        assert chance_T[patches].tolist() == pytest.approx(wanted, rel=1e-7, abs=1e-9)
+
+
+@given(images, seeds)
+@settings(deadline=None)
+def test_the_padded_comparison_of_accelerators_is_the_loop(kept, seed):
+    tokens = make_pack(kept, prefix=1, seed=seed)
+    layout, draw = tokens.layout, torch.Generator().manual_seed(seed)
+    relevance_T = torch.randint(1, 4, (len(tokens.x_TD),), generator=draw).double()  # ties
+    found_T = nearest_better(tokens.x_TD, relevance_T, layout)
+    unit_TF = torch.nn.functional.normalize(tokens.x_TD, dim=-1)
+    torch.testing.assert_close(_nearest_padded(unit_TF, relevance_T, layout.cu_B1, layout.prefix, layout.longest), found_T)
+    assert (found_T[~layout.is_patch_T] == -1).all()
+
+
+def test_equal_lengths_take_the_batched_path_to_the_same_answer():
+    kept = [[0, 3, 5], [1, 2, 11]]
+    ragged, uniform = make_pack(kept, seed=3), make_pack(kept, seed=3, uniform=True)
+    relevance_T = torch.tensor([0.0, 3, 1, 2, 0, 5, 5, 1], dtype=torch.float64)
+    torch.testing.assert_close(
+        nearest_better(uniform.x_TD, relevance_T, uniform.layout), nearest_better(ragged.x_TD, relevance_T, ragged.layout)
+    )
+
+
+def test_of_two_copies_one_stays():
+    """Two equal tokens must not each be dropped because of the other."""
+    tokens = make_pack([[0, 1, 2]], prefix=1)
+    x_TD = tokens.x_TD.clone()
+    x_TD[2] = x_TD[1]
+    chance_T = worth(redundancy=1.0, offset=0.0)(torch.full((4,), 0.5, dtype=torch.float64), tokens.with_x(x_TD), None)
+    assert chance_T[2] < 1e-6
+    assert chance_T[1] > 0.3
+
+
+def test_without_redundancy_features_do_not_matter_and_nothing_is_compared():
+    tokens = make_pack([[0, 4, 7]], prefix=1)
+    score_T = torch.tensor([0.5, 0.2, 0.4, 0.6], dtype=torch.float64)
+    chance_T = worth(redundancy=0.0, offset=0.0, steepness=1.0)(score_T, tokens, None)
+    share_T = score_T[1:] / 0.4
+    torch.testing.assert_close(chance_T[1:], share_T / (1 + share_T))
+    model = iared2.reduce(FAMILIES["deit"].build(), 2, worth=WorthConfig(redundancy=0.0))
+    assert not model.reducers[0].wants_keys
+
+
+def test_gradients_reach_the_scores_and_both_weights():
+    tokens = make_pack([[0, 1, 2, 5], [3, 4]], prefix=1)
+    score_T = torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).add_(0.1).requires_grad_()
+    module = worth()
+    assert torch.autograd.gradcheck(lambda s: module(s, tokens, None)[tokens.layout.is_patch_T], (score_T,))
+    module(score_T, tokens, None)[tokens.layout.is_patch_T].sum().backward()
+    assert module.redundancy.grad.abs() > 1e-3 and module.offset.grad.abs() > 1e-3
+
+
+def test_class_logits_are_the_first_tokens_attention():
+    tokens = make_pack([[0, 1, 2, 5], [3, 4]], prefix=1)
+    draw = torch.Generator().manual_seed(1)
+    q_THK, k_THK = (torch.randn(8, 2, 3, dtype=torch.float64, generator=draw) for _ in range(2))
+    logit_TH = class_logits(q_THK, k_THK, tokens.layout)
+    for rows in rows_of(tokens.layout):
+        for head in range(2):
+            wanted = [float(q_THK[rows[0], head] @ k_THK[row, head]) / 3**0.5 for row in rows]
+            assert logit_TH[rows, head].tolist() == pytest.approx(wanted, rel=1e-5)
+            a = torch.tensor(wanted[1:]).softmax(0)
+            assert relative_log(logit_TH, tokens.layout)[rows[1:], head].tolist() == pytest.approx((a * len(a)).log().tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("place", ["before", "between"])
+def test_a_fresh_interpreter_with_context_ranks_as_the_class_attention_does(place):
+    """With small random weights the score is class attention, of this block or the one before, squashed."""
+    backbone, pixels = FAMILIES["deit"].build(), FAMILIES["deit"].images()
+    model = iared2.reduce(backbone, (2,), place=place, interpreter=InterpreterConfig(context=True)).eval()
+    for name, parameter in model.reducers.named_parameters():
+        if name.endswith("query.weight"):
+            torch.nn.init.zeros_(parameter)
+    found = []
+    block = backbone.blocks[2 if place == "between" else 1]
+    block.attn.fused_attn = False  # weights exist only outside of fused kernels
+    block.attn.attn_drop.register_forward_hook(lambda _m, x, _y: found.append(x[0]))
+    with torch.no_grad():
+        x = backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(pixels)))
+        for number in range(3):
+            x = backbone.blocks[number](x)
+        _, trace = model.trace(pixels)
+    attention_BHN = found[0][:, :, 0, 1:]
+    logit_BHN = (attention_BHN / attention_BHN.mean(-1, keepdim=True)).log() + torch.logit(torch.tensor(0.9))
+    torch.testing.assert_close(trace.score_GBN[0], logit_BHN.sigmoid().mean(1), rtol=1e-3, atol=3e-4)
+
+
+@pytest.mark.parametrize("name", ["siglip", "diff_attention"])
+def test_context_without_plain_class_attention_is_refused(name):
+    with pytest.raises(ConfigError, match="context=true needs plain attention with a class token"):
+        iared2.reduce(FAMILIES[name].build(), 2, interpreter=InterpreterConfig(context=True))
+
+
+def test_context_before_the_first_block_is_refused():
+    with pytest.raises(ConfigError, match="reduce from block 1 on, or between"):
+        iared2.reduce(FAMILIES["deit"].build(), 2, interpreter=InterpreterConfig(context=True))
+
+
+@pytest.mark.parametrize("place", ["before", "between"])
+def test_an_image_is_answered_the_same_alone_and_in_company(place):
+    model = ready(place)
+    pixels = FAMILIES["deit"].images(5)
+    with torch.no_grad():
+        together, trace = model.trace(pixels)
+        assert len(set(trace.macs)) > 1
+        for index in range(5):
+            torch.testing.assert_close(model(pixels[index : index + 1])[0], together[index], rtol=1e-4, atol=1e-5)
+
+
+def ready(place: str = "between", on_drop: str = "merge") -> iared2.ReducedTransformer:
+    """A model that drops different patches in different images."""
+    interpreter = InterpreterConfig(policy="class", context=True)
+    torch.manual_seed(0)
+    model = iared2.reduce(FAMILIES["deit"].build(), (1, 2, 3), interpreter=interpreter, worth=WorthConfig(), place=place, on_drop=on_drop)
+    for reducer in model.reducers:
+        torch.nn.init.normal_(reducer.interpreter.query.weight, std=0.7)
+        reducer.worth.offset.data.fill_(-1.0)
+    return model.eval()
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path):
+    model, pixels = ready(), FAMILIES["deit"].images(3)
+    model.save_pretrained(tmp_path)
+    again = iared2.load_reduced(tmp_path, backbone=FAMILIES["deit"].build())
+    assert again.config == model.config and again.config.place == "between" and again.config.worth is not None
+    torch.testing.assert_close(again(pixels), model(pixels))
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("on_drop", ["discard", "merge"])
+def test_compiled_it_is_the_same_for_all_lengths(on_drop):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model, counter = ready(on_drop=on_drop), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter)
+    with torch.no_grad():
+        for step in range(8):
+            pixels = torch.randn(2 + step % 4, 3, 32, 32)
+            torch.testing.assert_close(compiled(pixels), model(pixels))
+            if step == 2:
+                warm = counter.frame_count
+    assert counter.frame_count == warm
