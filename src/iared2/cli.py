@@ -250,24 +250,50 @@ def evaluate(
 
 
 @app.command
+def calibrate(
+    *,
+    data: Annotated[Path, Parameter(name=["--data", "-d"], help="A few hundred pictures; labels are not needed.")],
+    output: Annotated[Path, Parameter(name=["--output", "-o"], help="Folder for the model with its new thresholds.")],
+    target_macs: Annotated[str | None, Parameter(help="A budget per image: 0.65x, 65%, 0.8G, 800M, or 9ms on this device.")] = None,
+    disagreement: Annotated[float | None, Parameter(help="Instead: percent of pictures that may get another class than dense.")] = None,
+    model: ModelOption = DEFAULT,
+    weights: WeightsOption = None,
+    limit: Annotated[int, Parameter(help="Use only this many images.")] = 256,
+    common: Common = _COMMON,
+) -> int:
+    """Choose thresholds for a budget, or for an allowed disagreement with the dense model, without training."""
+    from iared2.evaluate.calibration import CalibrationOptions, Wish, run_calibration
+
+    batch_size, seed = common.batch_size or 32, common.seed or 0
+    options = CalibrationOptions(weights, limit, batch_size, common.workers, common.device, common.dtype, seed)
+    return run_calibration(model, data, output, Wish(target_macs, disagreement), options)
+
+
+@app.command
 def train(
     recipe: Annotated[str | None, Parameter(help="Name of a recipe; without one, the recipes are listed.")] = None,
     *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, help="Settings of the recipe, such as reward.error_penalty=1.")],
     output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="Folder of the run; an unfinished run there goes on.")] = None,
     data: Annotated[Path | None, Parameter(name=["--data", "-d"], help="Training data, where the recipe names none.")] = None,
     weights: WeightsOption = None,
+    model: Annotated[str | None, Parameter(name=["--model", "-m"], help="A timm model, where the recipe's is not wanted.")] = None,
+    target_macs: Annotated[str | None, Parameter(help="A budget per image: 0.65x, 65%, 0.8G, 800M, or 9ms on this device.")] = None,
     common: TrainCommon = _TRAIN_COMMON,
 ) -> int:
-    """Train by a recipe (Algorithm 1). Any field can be changed: --data.batch_size=64 reward.error_penalty=1."""
-    if recipe is None:
+    """Train by a recipe (Algorithm 1), or to a budget: --target-macs 0.65x. Any field can be changed: --data.batch_size=64."""
+    if recipe is None and target_macs is None:
         return _list_recipes()
     from iared2.train.run import run_recipe
 
-    changes = list(overrides)
+    if recipe is not None and target_macs is not None and "=" in recipe:  # with a budget no recipe need be named
+        recipe, overrides = None, (recipe, *overrides)
+    changes = [] if target_macs is None else [f"together.target={json.dumps(target_macs)}"]
+    changes += [] if model is None else [f"backbone.model={json.dumps(model)}"]
+    changes += overrides
     if common.batch_size is not None:
         changes.append(f"data.batch_size={common.batch_size}")
     return run_recipe(
-        recipe,
+        recipe or "budget",
         changes,
         output=output,
         data=data,

@@ -17,16 +17,19 @@ from iared2.tokens.packed import GONE, PackedTokens, Selection, merge, take
 OnDrop = Literal["discard", "merge"]
 
 
-def hand_over(tokens: PackedTokens, chosen: Selection, how: OnDrop, features_TF: Float[Tensor, "T F"] | None) -> PackedTokens:
+def hand_over(
+    tokens: PackedTokens, chosen: Selection, how: OnDrop, features_TF: Float[Tensor, "T F"] | None, keep_length: bool = False
+) -> PackedTokens:
     """Goes on with the chosen rows and disposes of the others.
 
     Args:
         features_TF: what similarity is measured on; None means the tokens themselves. Unused by "discard".
+        keep_length: merged tokens get the average length of their parts (`packed.merge`).
     """
     if how == "discard":
         return take(tokens, chosen)
     features_TF = tokens.x_TD if features_TF is None else features_TF
-    return merge(tokens, chosen, carriers(features_TF.detach(), tokens, chosen))
+    return merge(tokens, chosen, carriers(features_TF.detach(), tokens, chosen), keep_length)
 
 
 def carriers(features_TF: Float[Tensor, "T F"], tokens: PackedTokens, chosen: Selection) -> Int[Tensor, " T"]:

@@ -59,7 +59,7 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
             interpreter = Interpreter(self.adapter.width, heads, config.interpreter).to(device)
             rule = config.keep_rule(group, self.adapter.needs_patch)
             worth = None if config.worth is None else Worth(config.worth).to(device)
-            self.reducers.append(InterpreterReducer(interpreter, rule, config.on_drop, worth))
+            self.reducers.append(InterpreterReducer(interpreter, rule, config.on_drop, worth, config.keep_length))
         self.config = config
         self.labels: list[str] | None = None  # class names, where the model knows them
         self.files: tuple[Path, ...] = ()  # the weights files it was loaded from
@@ -116,7 +116,7 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
         self.configure(rule="threshold", thresholds=values)
 
     def configure(self, **changes: Any) -> None:
-        """Changes `rule`, `thresholds`, `ratios` or `on_drop`; learned weights stay.
+        """Changes `rule`, `thresholds`, `ratios`, `on_drop` or `keep_length`; learned weights stay.
 
         Raises:
             ConfigError: a setting that does not exist or does not fit.
@@ -130,7 +130,7 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
             raise explain_validation(error) from None
         rules = [config.keep_rule(group, self.adapter.needs_patch) for group in range(len(self.reducers))]
         for reducer, rule in zip(self.reducers, rules, strict=True):
-            reducer.rule, reducer.on_drop = rule, config.on_drop
+            reducer.rule, reducer.on_drop, reducer.keep_length = rule, config.on_drop, config.keep_length
         self.config = config
 
     # ---- taking apart, saving, loading ------------------------------------------------------------------
@@ -172,7 +172,7 @@ def reduce(
         groups: how many equal groups, or the first block of each group.
         interpreter: how patches are scored.
         on_drop: "discard" dropped tokens as in the paper, or "merge" them into kept ones.
-        settings: `place`, `worth`, `rule`, `thresholds`, `ratios` of `ReductionConfig`.
+        settings: `place`, `worth`, `keep_length`, `rule`, `thresholds`, `ratios` of `ReductionConfig`.
 
     Raises:
         UnsupportedBackboneError: no adapter fits the backbone.

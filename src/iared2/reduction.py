@@ -25,6 +25,7 @@ class ReductionConfig(Settings):
     thresholds: tuple[float, ...] = Field((), description="one per group; empty means 0.5 everywhere")
     ratios: tuple[float, ...] = Field((), description="share of the grid kept after each group (top_k, batch_budget)")
     on_drop: OnDrop = "discard"
+    keep_length: bool = Field(False, description="merged tokens keep the average length of their parts, not that of the average")
 
     @model_validator(mode="after")
     def _one_value_per_group(self) -> "ReductionConfig":

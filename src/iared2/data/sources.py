@@ -42,7 +42,12 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif",
 SPLITS = (("train", "training"), ("val", "validation", "valid", "eval", "test"))
 
 
-def open_data(source: str | Path, split: str = "val", classes: Sequence[str] | None = None, root: Path | None = None) -> Data:
+NO_LABEL = -1
+
+
+def open_data(
+    source: str | Path, split: str = "val", classes: Sequence[str] | None = None, root: Path | None = None, labels: bool = True
+) -> Data:
     """Opens labelled pictures.
 
     Args:
@@ -50,6 +55,7 @@ def open_data(source: str | Path, split: str = "val", classes: Sequence[str] | N
         split: "train" or "val", where the source has several (a folder may have a subfolder of that name).
         classes: the model's class ids in label order (`model_class_ids`); classes of that name get that label.
         root: where `torch/` and hub data sets are kept on disk.
+        labels: whether they are needed; a plain folder of pictures is taken where they are not, with `NO_LABEL` for each.
 
     Raises:
         DataError: nothing there, nothing readable in it, or an optional package is missing.
@@ -78,7 +84,16 @@ def open_data(source: str | Path, split: str = "val", classes: Sequence[str] | N
     for folder in (path, *(path / name for name in spellings(split))):
         if (folder / "labels.csv").is_file():
             return _open_table(folder)
-    return _open_folder(path, split, classes)
+    plain = None if labels else _open_plain(path)
+    return _open_folder(path, split, classes) if plain is None else plain
+
+
+def _open_plain(path: Path) -> LabelledImages | None:
+    """All pictures in a folder and its sub-folders, by name; None if there are none."""
+    files = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    if not files:
+        return None
+    return LabelledImages(partial(_open_file, path, files), torch.full((len(files),), NO_LABEL), files)
 
 
 def spellings(split: str) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ over the pictures per schedule. Pictures keep as many patches as they need; the 
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,6 +68,7 @@ class Calibrator:
 
     Args:
         batches: images (B, 3, height, width), all of one size; a few hundred pictures in all.
+        dense: the dense model's answers to them, where they are known (and the backbone may have been trained since).
 
     Raises:
         DataError: there are no pictures.
@@ -74,11 +76,13 @@ class Calibrator:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: ReducedTransformer, batches: Sequence[Float[Tensor, "B 3 height width"]]) -> None:
+    def __init__(
+        self, model: ReducedTransformer, batches: Sequence[Float[Tensor, "B 3 height width"]], dense: Sequence[Tensor] | None = None
+    ) -> None:
         if not batches:
             raise DataError("calibration: there are no pictures to calibrate on")
         self.model, self.batches = model.eval(), list(batches)
-        self.dense = [self._finite(model.backbone(images)).float() for images in self.batches]
+        self.dense = list(dense or [self._finite(model.backbone(images)).float() for images in self.batches])
         self.size = (self.batches[0].shape[-2], self.batches[0].shape[-1])
         self.pictures = sum(len(images) for images in self.batches)
         self.dense_macs = cost.dense_macs(model.adapter, *self.size)
@@ -94,9 +98,20 @@ class Calibrator:
     def family(self) -> tuple[float, ...]:
         """The schedule whose powers are searched: that of the present thresholds, or the plain curve where they say nothing yet."""
         ratios = self.measure().ratios
-        settled = all(0 < ratio < 1 for ratio in ratios)
+        return ratios if all(0 < ratio < 1 for ratio in ratios) else self.plain_curve()
+
+    def plain_curve(self) -> tuple[float, ...]:
+        """The plain schedule at this model's reductions."""
         config = self.model.config
-        return ratios if settled else curve(self.model.adapter.depth, config.first_blocks, config.place == "between")
+        return curve(self.model.adapter.depth, config.first_blocks, config.place == "between")
+
+    def around(self, share: float, parts: Sequence[float]) -> Iterator[Expectation]:
+        """What thresholds for budgets around `share` would do, as far as they can be reached; leaves the model at the last."""
+        family = self.family()
+        for part in parts:
+            if 0 < part * share < 1:
+                with suppress(ConfigError):
+                    yield self._to_share(family, part * share)
 
     def share_of(self, ratios: Sequence[float]) -> float:
         """What images that keep exactly these shares of their patches would cost, as a share of the dense model."""
@@ -149,7 +164,9 @@ class Calibrator:
         Raises:
             ConfigError: the reductions of this model cannot get there.
         """
-        family = self.family()
+        return self._with_slope(self._to_share(self.family(), share))
+
+    def _to_share(self, family: Sequence[float], share: float) -> Expectation:
         power = solve_power(self.share_of, family, share)
         expected = self._at(family, power)
         aim = share
@@ -162,7 +179,7 @@ class Calibrator:
             except ConfigError:
                 break
             expected = self._at(family, power)
-        return self._with_slope(expected)
+        return expected
 
     def to_disagreement(self, allowed: float) -> Expectation:
         """The cheapest thresholds at which at most `allowed` percent of the pictures get another class than from the dense model.

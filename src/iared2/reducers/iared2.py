@@ -19,11 +19,15 @@ class InterpreterReducer(Reducer):
         worth: makes chances of scores; None lets the rule act on the score itself, as the paper does.
         rule: the keep rule; may be replaced at any time.
         on_drop: "discard" or "merge".
+        keep_length: whether merged tokens keep the average length of their parts.
     """
 
-    def __init__(self, interpreter: Interpreter, rule: KeepRule, on_drop: OnDrop, worth: Worth | None = None) -> None:
+    def __init__(
+        self, interpreter: Interpreter, rule: KeepRule, on_drop: OnDrop, worth: Worth | None = None, keep_length: bool = False
+    ) -> None:
         super().__init__()
         self.interpreter, self.rule, self.on_drop, self.worth = interpreter, rule, on_drop, worth
+        self.keep_length = keep_length
 
     @property
     def wants_keys(self) -> bool:  # type: ignore[override]
@@ -58,7 +62,7 @@ class InterpreterReducer(Reducer):
         """The reduction that `rule` makes of given chances, or of the scores (training applies several rules to the same scores)."""
         chosen = rule(score_T if chance_T is None else chance_T, tokens.layout)
         features = None if key_THK is None else key_THK.flatten(1)
-        return Reduction(tokens.layout, score_T, chosen, hand_over(tokens, chosen, self.on_drop, features), chance_T)
+        return Reduction(tokens.layout, score_T, chosen, hand_over(tokens, chosen, self.on_drop, features, self.keep_length), chance_T)
 
     def macs(self, entering: int, kept: int) -> int:
         width = self.interpreter.width

@@ -238,11 +238,13 @@ def _shortened(layout: Layout, chosen: Selection) -> Layout:
     )
 
 
-def merge(tokens: PackedTokens, chosen: Selection, carrier_T: Int[Tensor, " T"]) -> PackedTokens:
+def merge(tokens: PackedTokens, chosen: Selection, carrier_T: Int[Tensor, " T"], keep_length: bool = False) -> PackedTokens:
     """Keeps the chosen rows; every other row is averaged, by mass, into its carrier.
 
     Args:
         carrier_T: for each row the row that carries it on: itself if chosen, -1 if it is lost.
+        keep_length: the average is stretched to the average length of what went into it. The average of vectors that differ is
+            shorter than they are, and a pre-norm block takes a short token for a faint one.
     """
     layout, rows = tokens.layout, chosen.index_S.shape[0]
     exact = torch.promote_types(tokens.x_TD.dtype, torch.float32)  # bf16 counts to 256 only
@@ -259,7 +261,12 @@ def merge(tokens: PackedTokens, chosen: Selection, carrier_T: Int[Tensor, " T"])
         sum_SD, given_TD = x_SD.to(exact) * own_S[:, None], given_TD * given_T[:, None]
     received_SD = given_TD.new_zeros(rows + 1, given_TD.shape[1]).index_add(0, goal_T, given_TD)[:rows]
     total_S = own_S + own_S.new_zeros(rows + 1).index_add(0, goal_T, given_T)[:rows]
-    mean_SD = ((sum_SD + received_SD) / total_S[:, None]).to(x_SD.dtype)
+    mean_SD = (sum_SD + received_SD) / total_S[:, None]
+    if keep_length:
+        length_T = tokens.x_TD.to(exact).norm(dim=1) * given_T
+        lengths_S = length_T[chosen.index_S] + length_T.new_zeros(rows + 1).index_add(0, goal_T, length_T)[:rows]
+        mean_SD = torch.nn.functional.normalize(mean_SD, dim=1) * (lengths_S / total_S)[:, None]
+    mean_SD = mean_SD.to(x_SD.dtype)
     # A row that received nothing keeps its exact value: dividing m x by m again would cost a rounding.
     x_SD = torch.where((total_S == own_S)[:, None], x_SD, mean_SD)
     place_T = torch.where(lost_T, GONE, layout.origin_T[carrier_T.clamp(min=0)])

@@ -40,12 +40,12 @@ def open_feeds(recipe: Recipe, backbone: Any, workers: int) -> Feeds:
         raise ConfigError("data.train: no training data named; give --data FOLDER")
     how = Preprocess.from_timm(timm.data.resolve_model_data_config(backbone), min_scale=settings.min_scale, flip=settings.flip)
     classes = model_class_ids(backbone)
-    data = _in_memory(open_data(settings.train, settings.train_split, classes), settings, how)
+    data = _in_memory(open_data(settings.train, settings.train_split, classes, labels=settings.labels), settings, how)
     if isinstance(data, ImageArrays) and data.class_ids and len(data.class_ids) == backbone.num_classes:
         backbone.class_ids = list(data.class_ids)  # so that the saved model knows what its outputs mean
     held_out, data = _hold_out(data, settings, classes, how)
     for part in (data, held_out):
-        if isinstance(part, (ImageArrays, LabelledImages)):
+        if settings.labels and isinstance(part, (ImageArrays, LabelledImages)):
             check_labels(part.labels, backbone.num_classes, settings.train)
     if settings.subset is not None and isinstance(data, (ImageArrays, LabelledImages)):
         data = data.subset(settings.subset, recipe.seed)
@@ -74,7 +74,7 @@ def _hold_out(data: Data, settings: DataSettings, classes: list[str] | None, how
     source = settings.val or settings.train or ""
     if source == settings.train and settings.val_split == settings.train_split:
         return None, data
-    found = open_data(source, settings.val_split, classes)
+    found = open_data(source, settings.val_split, classes, labels=settings.labels)
     if isinstance(found, LabelledImages) and isinstance(data, LabelledImages) and list(found.names) == list(data.names):
         logger.info("%s has no separate %s part: nothing is held out", source, settings.val_split)
         return None, data

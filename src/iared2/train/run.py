@@ -25,6 +25,7 @@ from iared2.model import ReducedTransformer, reduce
 from iared2.runtime import pick_device
 from iared2.saving import load_tensors, pretrained_backbone, save_reduced
 from iared2.seeds import seed_all
+from iared2.train.budget import trade_off, train_together
 from iared2.train.checkpoint import refuse_another_recipe
 from iared2.train.dense import DenseTask, held_out_accuracy
 from iared2.train.evaluation import held_out
@@ -32,6 +33,7 @@ from iared2.train.feeds import Feeds, open_feeds
 from iared2.train.recipes import DenseSettings, Recipe, ReductionSettings, find_recipe
 from iared2.train.tasks import BlocksTask, InterpreterTask
 from iared2.train.teacher import with_teacher
+from iared2.train.together_settings import TogetherSettings
 from iared2.train.trainer import RunSettings, Stage, Task, Trainer
 from iared2.train.warm_start import WarmStartTask
 
@@ -84,12 +86,12 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
         ConfigError: a device, precision, output folder or backbone that cannot be used.
         TrainingError: the folder holds a run of another recipe, or the training diverged.
     """
-    if recipe.dense is None and recipe.reduction is None:
+    if recipe.dense is None and recipe.reduction is None and recipe.together is None:
         raise ConfigError(f"recipe {recipe.name}: has neither a dense training nor a reduction; set one of them")
     accelerator = open_accelerator(options.device, recipe.precision)
     _open_folder(options.output)
     run = partial(_run_settings, recipe)
-    for part, settings in (("dense", recipe.dense), ("reduction", recipe.reduction)):
+    for part, settings in (("dense", recipe.dense), ("reduction", recipe.reduction), ("together", recipe.together)):
         if settings is not None:
             refuse_another_recipe(options.output / part, run(options.output / part).fingerprint)
     seed_all(recipe.seed)
@@ -102,6 +104,8 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
             _train_dense(recipe.dense, backbone, feeds, run(options.output / "dense"), accelerator)
         if accelerator.is_main_process:
             _save_backbone(backbone, options.output / "backbone.safetensors")
+    if recipe.together is not None:
+        return _train_together(recipe.together, backbone, feeds, options.output, run(options.output / "together"), accelerator)
     if recipe.reduction is None:
         return options.output
     model = _train_reduction(recipe.reduction, backbone, feeds, run(options.output / "reduction"), accelerator)
@@ -198,6 +202,19 @@ def _train_reduction(
     stages = [build_stage(plan, model, settings, feeds, accelerator, teacher) for plan in plans]
     Trainer(model, run, accelerator).fit(stages)
     return model.requires_grad_(True).eval()
+
+
+def _train_together(
+    settings: TogetherSettings, backbone: nn.Module, feeds: Feeds, output: Path, run: RunSettings, accelerator: Accelerator
+) -> Path:
+    """The reduced model goes into `output` itself, so that `iared2 eval --model OUT` takes it."""
+    outcome = train_together(settings, backbone, feeds, run, accelerator)
+    if accelerator.is_main_process:
+        save_reduced(outcome.model, output)
+        for line in trade_off(outcome):
+            logger.info("%s", line)
+        logger.info("the reduced model is in %s", output)
+    return output
 
 
 def build_stage(

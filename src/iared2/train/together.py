@@ -10,8 +10,7 @@ from functools import cache
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iared2 import cost
@@ -20,25 +19,14 @@ from iared2.model import ReducedTransformer
 from iared2.reducers.base import Reduction
 from iared2.reducers.iared2 import InterpreterReducer
 from iared2.reward import entropy, log_probability
-from iared2.settings import Settings
 from iared2.tokens.packed import scatter_places, sum_of_patches
 from iared2.train.evidence import dense_evidence
 from iared2.train.tasks import GroupTask, join_states, split_state
+from iared2.train.together_settings import WalkSettings
 from iared2.train.trainer import Task
 from iared2.walk import State
 
 _LEAST = 1e-8
-
-
-class WalkSettings(Settings):
-    """How whole walks are rewarded and compared."""
-
-    samples: int = Field(4, ge=2, description="walks per picture; each is compared with the others")
-    price: float = Field(0.3, gt=0, description="first price of the dense model's multiply-adds, in units of agreement")
-    steering: float = Field(0.5, ge=0, description="how fast the price follows the budget; 0 leaves it")
-    labels: bool = Field(False, description="reward the probability of the label instead of agreement with the dense model")
-    normalise_advantage: bool = Field(False, description="divide advantages by their standard deviation over the batch")
-    entropy_bonus: float = Field(0.0, ge=0)
 
 
 @dataclass
@@ -272,3 +260,35 @@ def agreement(found: Float[Tensor, "B C"], dense: Float[Tensor, "B C"], classes:
 def repeat(state: State, times: int) -> State:
     """The same paused state `times` times behind one another."""
     return state if times == 1 else join_states([one for _ in range(times) for one in split_state(state)])
+
+
+class DistilTask(Task):
+    """The blocks learn to answer with fewer tokens what the dense model answers with all: KL, interpreters frozen and greedy.
+
+    Patch embedding, positions and prefix tokens stay fixed (section 3.2); blocks before the first reduction see what they always
+    saw, and stay too.
+    """
+
+    def __init__(self, model: ReducedTransformer, teacher: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._teacher = (teacher,)  # in a tuple: no part of this module, and so neither trained nor saved
+
+    def begin(self) -> None:
+        self.model.requires_grad_(False).eval()
+        first = self.model.config.first_blocks[0]
+        fixed = self.model.adapter.frozen_parameters()
+        for name, parameter in self.model.backbone.named_parameters():
+            early = name.startswith("blocks.") and int(name.split(".")[1]) < first
+            parameter.requires_grad_(name not in fixed and not early)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        (dense,) = self._teacher
+        with torch.no_grad():
+            output = dense(batch["images"]).float()
+        found = self.model.logits(batch["images"]).float()
+        if self.model.num_classes:
+            loss = F.kl_div(found.log_softmax(1), output.log_softmax(1), reduction="batchmean", log_target=True)
+        else:
+            loss = (1 - F.cosine_similarity(found, output, dim=1)).mean()
+        return {"loss": loss, "agreement": agreement(found.detach(), output, self.model.num_classes).mean()}

@@ -1,0 +1,134 @@
+"""From a budget to a reduced model: schedule, stages, calibration, and the trade-off that came out."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from iared2.backbones import adapt
+from iared2.budget import Budget, parse_budget, powered, solve_power
+from iared2.errors import DataError
+from iared2.evaluate.calibrate import Calibrator, Expectation
+from iared2.model import ReducedTransformer, reduce
+from iared2.train.feeds import Feeds
+from iared2.train.together import DistilTask, ImitationTask, Memory, WalkTask
+from iared2.train.together_settings import TogetherSettings
+from iared2.train.trainer import Batches, RunSettings, Stage, Task, Trainer
+
+logger = logging.getLogger("iared2.train")
+
+CALIBRATE_ON = 512  # pictures at most
+AROUND = (1.15, 1.07, 1.0, 0.93, 0.85)  # budgets that the trade-off is shown at, in parts of the one asked for
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A reduced model at its budget, and what it would do at budgets around it (the asked-for one among them)."""
+
+    model: ReducedTransformer
+    expected: Expectation
+    around: tuple[Expectation, ...]
+
+
+def reduced_for(settings: TogetherSettings, backbone: nn.Module) -> ReducedTransformer:
+    """The untrained reduced model; what the backbone cannot do is left out, and said."""
+    adapter = adapt(backbone)
+    blocks = settings.blocks or tuple(range(max(1, adapter.depth // 6), max(2, adapter.depth - 1)))
+    interpreter, place = settings.interpreter, settings.place
+    if place == "between" and not all(adapter.splits[block] for block in blocks if block < adapter.depth):
+        logger.info("this backbone's blocks have no two halves: patches are dropped before blocks")
+        place = "before"
+    if interpreter.context and not adapter.gives_class_logits:
+        logger.info("this backbone gives no plain class attention: interpreters see the patches alone")
+        interpreter = interpreter.model_copy(update={"context": False})
+    if interpreter.policy == "class" and not adapter.has_class_token:
+        interpreter = interpreter.model_copy(update={"policy": "learned"})
+    parts: dict[str, Any] = {"place": place, "worth": settings.worth, "keep_length": settings.keep_length}
+    return reduce(backbone, blocks, interpreter=interpreter, on_drop=settings.on_drop, **parts)
+
+
+def train_together(settings: TogetherSettings, backbone: nn.Module, feeds: Feeds, run: RunSettings, accelerator: Accelerator) -> Outcome:
+    """Trains, calibrates, and measures around the budget.
+
+    Raises:
+        ConfigError: a budget out of reach, or a backbone whose answers are not finite.
+        DataError: no pictures to calibrate on.
+        TrainingError: as the trainer's.
+    """
+    model = reduced_for(settings, backbone).to(accelerator.device)
+    budget = parse_budget(settings.target)
+    held = _images(feeds.held_out or feeds.train, accelerator.device)
+    with torch.no_grad(), accelerator.autocast():
+        calibrator = Calibrator(model, held)  # before anything is trained: it refuses answers that are not finite
+        share = _share_for_training(budget, calibrator)
+        ratios = powered(family := calibrator.plain_curve(), solve_power(calibrator.share_of, family, share))
+    logger.info("aiming at %.3f of the dense multiply-adds; patches left meanwhile %s", share, ", ".join(f"{r:.2f}" for r in ratios))
+    stages = _stages(settings, model, feeds, share, ratios)
+    Trainer(model, run, accelerator).fit(stages)
+    model.requires_grad_(True).eval()
+    with torch.no_grad(), accelerator.autocast():
+        calibrator = Calibrator(model, held, dense=calibrator.dense)
+        calibrator.thresholds_for(ratios)
+        around = tuple(calibrator.around(share, AROUND))
+        expected = calibrator.meet(budget)
+    return Outcome(model, expected, around)
+
+
+def _share_for_training(budget: Budget, calibrator: Calibrator) -> float:
+    """The budget as a share of multiply-adds; a time is turned into one by measuring untrained reductions."""
+    if budget.kind != "ms":
+        return budget.share(calibrator.dense_macs)
+    return calibrator.to_milliseconds(budget.value).share
+
+
+def _stages(settings: TogetherSettings, model: ReducedTransformer, feeds: Feeds, share: float, ratios: tuple[float, ...]) -> list[Stage]:
+    memory = Memory() if settings.remember else None
+    plans: list[tuple[str, int, Any]] = [
+        ("imitation", settings.imitation_epochs, settings.imitation_optim),
+        ("walks", settings.walk_epochs, settings.walk_optim),
+        ("blocks", settings.block_epochs, settings.block_optim),
+    ]
+    stages = []
+    for name, epochs, optim in plans:
+        if not epochs:
+            continue
+        task: Task
+        if name == "imitation":
+            task = ImitationTask(model, ratios, memory, settings.against)
+        elif name == "walks":
+            task = WalkTask(model, settings.walk, memory, share)
+        else:
+            task = DistilTask(model, copy.deepcopy(model.backbone).eval().requires_grad_(False))
+        stages.append(Stage(name, task, feeds.train, epochs, optim))
+    return stages
+
+
+def trade_off(outcome: Outcome) -> Iterator[str]:
+    """Lines for people: what was reached, and what budgets around it would give."""
+    yield "multiply-adds  agreement with dense  KL to dense  patches left at the end"
+    for one in outcome.around:
+        yield f"{one.share:12.3f}x  {one.agreement:18.1f} %  {one.kl:11.4f}  {one.ratios[-1]:23.2f}"
+    yield f"reached: {outcome.expected.line()}"
+
+
+def _images(batches: Batches, device: torch.device) -> list[Float[Tensor, "B 3 height width"]]:
+    """Batches of pictures, `CALIBRATE_ON` of them at most."""
+    found: list[Tensor] = []
+    for images in _pictures(batches):
+        found.append(images.to(device))
+        if sum(map(len, found)) >= CALIBRATE_ON:
+            break
+    if not found:
+        raise DataError("budget: there are no pictures to calibrate on; hold some out (data.held_out)")
+    return found
+
+
+def _pictures(batches: Batches) -> Iterator[Tensor]:
+    for batch in batches.epoch(0):
+        yield batch["images"]

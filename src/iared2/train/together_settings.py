@@ -1,0 +1,60 @@
+"""Settings of a reduction whose interpreters are trained together, to a budget that the user names."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from iared2.budget import parse_budget
+from iared2.errors import ConfigError
+from iared2.handover import OnDrop
+from iared2.interpreter import InterpreterConfig
+from iared2.settings import Settings
+from iared2.train.optim import OptimSettings, Whole
+from iared2.worth import WorthConfig
+
+
+class WalkSettings(Settings):
+    """How whole walks are rewarded and compared (REINFORCE)."""
+
+    samples: int = Field(4, ge=2, description="walks per picture; each is compared with the others")
+    price: float = Field(0.3, gt=0, description="first price of the dense model's multiply-adds, in units of agreement")
+    steering: float = Field(0.5, ge=0, description="how fast the price follows the budget; 0 leaves it")
+    labels: bool = Field(False, description="reward the probability of the label instead of agreement with the dense model")
+    normalise_advantage: bool = Field(False, description="divide advantages by their standard deviation over the batch")
+    entropy_bonus: float = Field(0.0, ge=0)
+
+
+class TogetherSettings(Settings):
+    """Many small reductions, trained along one walk: imitation, then REINFORCE, then (if asked for) the blocks themselves."""
+
+    target: str = Field("0.65x", description="budget per image: 0.65x or 65%, 0.8G, 800M, or 9ms on this device")
+    blocks: tuple[Whole, ...] | None = Field(None, description="blocks that reduce; None: all but the first sixth and the last")
+    place: Literal["before", "between"] = Field("between", description="before those blocks, or between their halves")
+    interpreter: InterpreterConfig = InterpreterConfig(policy="class", context=True, init_score=0.2)
+    worth: WorthConfig | None = WorthConfig()
+    on_drop: OnDrop = "merge"
+    keep_length: bool = Field(True, description="merged tokens keep the average length of their parts")
+    against: float = Field(0.3, ge=0, description="how much evidence against the predicted class counts")
+    remember: bool = Field(True, description="compute the dense model's evidence once per picture; needs pictures without augmentation")
+    imitation_epochs: Whole = Field(1, ge=0)
+    walk_epochs: Whole = Field(0, ge=0)
+    block_epochs: Whole = Field(0, ge=0, description="fine-tuning of the blocks by distillation from the dense model")
+    walk: WalkSettings = WalkSettings()
+    imitation_optim: OptimSettings = OptimSettings(lr=1e-3, lr_batch=32)
+    walk_optim: OptimSettings = OptimSettings(lr=2e-4, lr_batch=32)
+    block_optim: OptimSettings = OptimSettings(lr=2e-5, lr_batch=32)
+
+    @field_validator("target")
+    @classmethod
+    def _is_a_budget(cls, text: str) -> str:
+        try:
+            parse_budget(text)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return text
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> "TogetherSettings":
+        if not (self.imitation_epochs or self.walk_epochs or self.block_epochs):
+            raise ValueError("imitation_epochs, walk_epochs, block_epochs: got 0 for all, so nothing would be trained; raise one")
+        return self
