@@ -286,7 +286,7 @@ def train(
     from iared2.train.run import run_recipe
 
     if recipe is not None and target_macs is not None and "=" in recipe:  # with a budget no recipe need be named
-        recipe, overrides = None, (recipe, *overrides)
+        overrides, recipe = (recipe, *overrides), None
     changes = [] if target_macs is None else [f"together.target={json.dumps(target_macs)}"]
     changes += [] if model is None else [f"backbone.model={json.dumps(model)}"]
     changes += overrides

@@ -39,3 +39,12 @@ def precision(device: torch.device, dtype: str) -> AbstractContextManager:
     if DTYPES[dtype] is torch.float32:
         return nullcontext()
     return torch.autocast(device.type, DTYPES[dtype])
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all processes of a distributed run, the same on each; itself where there is one process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    total = value.clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()

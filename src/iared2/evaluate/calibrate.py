@@ -6,11 +6,13 @@ over the pictures per schedule. Pictures keep as many patches as they need; the 
 """
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -91,14 +93,15 @@ class Calibrator:
     def _finite(output: Tensor) -> Tensor:
         if not output.isfinite().all():
             raise ConfigError(
-                "the backbone's answers are not finite (NaN or infinite), so there is nothing to agree with; check its weights"
+                "the backbone answers NaN or infinity, so there is nothing to agree with; check its weights and preprocessing"
             )
         return output
 
     def family(self) -> tuple[float, ...]:
         """The schedule whose powers are searched: that of the present thresholds, or the plain curve where they say nothing yet."""
         ratios = self.measure().ratios
-        return ratios if all(0 < ratio < 1 for ratio in ratios) else self.plain_curve()
+        falling = all(a > b for a, b in pairwise((1.0, *ratios, 0.0)))
+        return ratios if falling else self.plain_curve()
 
     def plain_curve(self) -> tuple[float, ...]:
         """The plain schedule at this model's reductions."""
@@ -164,20 +167,22 @@ class Calibrator:
         Raises:
             ConfigError: the reductions of this model cannot get there.
         """
-        return self._with_slope(self._to_share(self.family(), share))
+        return self.with_slope(self._to_share(self.family(), share))
 
     def _to_share(self, family: Sequence[float], share: float) -> Expectation:
+        """Starts where the mean picture would cost `share`; pictures that keep different numbers cost a little more than it."""
         power = solve_power(self.share_of, family, share)
+        low, high = (0.0, 1.0), (12.0, self.share_of(powered(family, 12.0)))  # powers and what they cost
         expected = self._at(family, power)
-        aim = share
-        for _ in range(4):  # pictures that keep different numbers cost a little more than the mean picture
+        for _ in range(8):
             if abs(expected.share - share) < TOLERANCE:
                 break
-            aim += share - expected.share
-            try:
-                power = solve_power(self.share_of, family, aim)
-            except ConfigError:
-                break
+            if expected.share > share:
+                low = (power, expected.share)
+            else:
+                high = (power, expected.share)
+            part = (low[1] - share) / max(low[1] - high[1], 1e-9)
+            power = low[0] + min(0.9, max(0.1, part)) * (high[0] - low[0])
             expected = self._at(family, power)
         return expected
 
@@ -198,7 +203,7 @@ class Calibrator:
                 high = middle
         if best is None:
             raise ConfigError(f"disagreement: got {allowed:g} %, which no schedule of this model reaches on these pictures; allow more")
-        return self._with_slope(self._at(family, best[0]))
+        return self.with_slope(self._at(family, best[0]))
 
     def to_milliseconds(self, wanted: float) -> Expectation:
         """Thresholds at which an image takes `wanted` milliseconds here, at the batch size of the pictures.
@@ -218,11 +223,23 @@ class Calibrator:
             middle = (low + high) / 2
             found = self._timed(family, middle)
             low, high = (middle, high) if found[1] > wanted else (low, middle)
-        return replace(self._with_slope(found[0]), milliseconds=found[1])
+        return replace(self.with_slope(found[0]), milliseconds=found[1])
 
     def meet(self, budget: Budget) -> Expectation:
         """Thresholds for a budget of any kind."""
         return self.to_milliseconds(budget.value) if budget.kind == "ms" else self.to_share(budget.share(self.dense_macs))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Moves what chances are measured from, so that the present thresholds become one half, where there is a worth to move."""
+        present = self.model.threshold
+        each = list(present) if isinstance(present, tuple) else [present] * len(self.model.reducers)
+        for group, reducer in enumerate(self.model.reducers):
+            if reducer.worth is not None and 0 < each[group] < 1:
+                logit = math.log(each[group] / (1 - each[group]))
+                reducer.worth.offset.add_(logit / reducer.worth.config.steepness)
+                each[group] = 0.5
+        self.model.threshold = tuple(each)
 
     def _at(self, family: Sequence[float], power: float) -> Expectation:
         self.thresholds_for(powered(family, power))
@@ -241,7 +258,7 @@ class Calibrator:
                 times.append(1000 * (time.perf_counter() - start) / len(images))
         return expected, statistics.median(times)
 
-    def _with_slope(self, expected: Expectation) -> Expectation:
+    def with_slope(self, expected: Expectation) -> Expectation:
         """Measures once more with all thresholds 0.01 higher, and puts them back."""
         self.model.threshold = tuple(value + 0.01 for value in expected.thresholds)
         slope = self.measure().share - expected.share

@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,12 +71,16 @@ def train_together(settings: TogetherSettings, backbone: nn.Module, feeds: Feeds
     logger.info("aiming at %.3f of the dense multiply-adds; patches left meanwhile %s", share, ", ".join(f"{r:.2f}" for r in ratios))
     stages = _stages(settings, model, feeds, share, ratios)
     Trainer(model, run, accelerator).fit(stages)
+    if hasattr(model.reducers, "price"):  # of this training, not of the model
+        del model.reducers.price
     model.requires_grad_(True).eval()
     with torch.no_grad(), accelerator.autocast():
         calibrator = Calibrator(model, held, dense=calibrator.dense)
         calibrator.thresholds_for(ratios)
         around = tuple(calibrator.around(share, AROUND))
-        expected = calibrator.meet(budget)
+        met = calibrator.meet(budget)
+        calibrator.settle()
+        expected = replace(calibrator.with_slope(calibrator.measure()), milliseconds=met.milliseconds)
     return Outcome(model, expected, around)
 
 

@@ -19,11 +19,12 @@ from iared2.model import ReducedTransformer
 from iared2.reducers.base import Reduction
 from iared2.reducers.iared2 import InterpreterReducer
 from iared2.reward import entropy, log_probability
+from iared2.runtime import mean_over_ranks
 from iared2.tokens.packed import scatter_places, sum_of_patches
 from iared2.train.evidence import dense_evidence
 from iared2.train.tasks import GroupTask, join_states, split_state
 from iared2.train.together_settings import WalkSettings
-from iared2.train.trainer import Task
+from iared2.train.trainer import Batches, Task
 from iared2.walk import State
 
 _LEAST = 1e-8
@@ -96,6 +97,30 @@ class ImitationTask(TogetherTask):
             if reducer.worth is not None:
                 reducer.worth.requires_grad_(False)
 
+    def first_look(self, batches: Batches) -> None:
+        """The first offsets are those of the first batch."""
+        device = next(self.model.parameters()).device
+        batch = next(iter(batches.epoch(0)))
+        self._follow(batch["images"].to(device), speed=1.0)
+
+    @torch.no_grad()
+    def _follow(self, images: Float[Tensor, "B 3 height width"], speed: float) -> None:
+        state = self.model.start(images)
+        for group, ratio in enumerate(self.ratios):
+            reducer = self.model.reducers[group]
+            state = self.model.walk_to(state, group, reduce=())
+            state = self._reduce(state, group, ratio, reducer.interpreter(state.tokens, state.class_TH), speed)[0]
+
+    @torch.no_grad()
+    def _reduce(self, state: State, group: int, ratio: float, score_T: Tensor, speed: float) -> tuple[State, Tensor]:
+        """Keeps the best `ratio` of all patches of the batch, whichever images they are in, and says which share of places is left."""
+        reducer, score_T = self.model.reducers[group], score_T.detach()
+        chance_T = reducer.chance(score_T, state.tokens, state.key_THK)
+        rule = BatchBudget(ratio, self.model.adapter.needs_patch)
+        reduction = reducer.apply_rule(rule, score_T, state.tokens, state.key_THK, chance_T)
+        follow_boundary(reducer, chance_T, reduction, speed)
+        return self.model.after_reduction(state, reduction), reduction.kept_B.float().mean() / reduction.before.places
+
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         evidence_GBN, _ = self.dense(batch)
         with torch.no_grad():
@@ -107,13 +132,8 @@ class ImitationTask(TogetherTask):
                 state = self.model.walk_to(state, group, reduce=())
             score_T = GroupTask.finite(reducer.interpreter(state.tokens, state.class_TH))
             losses.append(share_loss(score_T, state, evidence_GBN[group]))
-            with torch.no_grad():
-                chance_T = reducer.chance(score_T.detach(), state.tokens, state.key_THK)
-                rule = BatchBudget(ratio, self.model.adapter.needs_patch)
-                reduction = reducer.apply_rule(rule, score_T.detach(), state.tokens, state.key_THK, chance_T)
-                follow_boundary(reducer, chance_T, reduction)
-                kept.append(reduction.kept_B.float().mean() / reduction.before.places)
-                state = self.model.after_reduction(state, reduction)
+            state, left = self._reduce(state, group, ratio, score_T, speed=0.05)
+            kept.append(left)
         return {
             "loss": torch.stack(losses).sum(),
             "divergence": torch.stack(losses).mean().detach(),
@@ -140,17 +160,18 @@ def share_loss(score_T: Float[Tensor, " T"], state: State, evidence_BN: Float[Te
 
 
 @torch.no_grad()
-def follow_boundary(reducer: InterpreterReducer, chance_T: Tensor, reduction: Reduction, speed: float = 0.05) -> None:
-    """Moves a worth's offset so that the last chance kept becomes one half, a small step at a time."""
+def follow_boundary(reducer: InterpreterReducer, chance_T: Tensor, reduction: Reduction, speed: float) -> None:
+    """Moves a worth's offset so that the last chance kept becomes one half: all the way at a speed of 1."""
     if reducer.worth is None:
         return
     layout = reduction.before
     kept_T = torch.zeros_like(layout.is_patch_T).index_fill(0, reduction.chosen.index_S, True) & layout.is_patch_T
     lost_T = ~kept_T & layout.is_patch_T
-    if not kept_T.any() or not lost_T.any():
-        return
-    logit_T = torch.logit(chance_T, eps=1e-6)
-    middle = (logit_T[kept_T].min() + logit_T[lost_T].max()) / 2
+    middle = torch.zeros_like(reducer.worth.offset)
+    if kept_T.any() and lost_T.any():
+        logit_T = torch.logit(chance_T, eps=1e-7)
+        middle = (logit_T[kept_T].min() + logit_T[lost_T].max()) / 2
+    middle = mean_over_ranks(middle)  # the offset is no parameter that gradients keep equal
     reducer.worth.offset.add_(speed * middle / reducer.worth.config.steepness)
 
 
@@ -244,10 +265,7 @@ class WalkTask(TogetherTask):
 
     def _steer(self, share: Float[Tensor, ""]) -> None:
         """One step of the price towards the budget, at most a tenth, the same on every rank."""
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(share)
-            share = share / torch.distributed.get_world_size()
-        self.price.mul_((self.settings.steering * (share - self.share)).clamp(-0.1, 0.1).exp())
+        self.price.mul_((self.settings.steering * (mean_over_ranks(share) - self.share)).clamp(-0.1, 0.1).exp())
 
 
 def agreement(found: Float[Tensor, "B C"], dense: Float[Tensor, "B C"], classes: int) -> Float[Tensor, " B"]:

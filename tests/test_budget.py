@@ -1,0 +1,255 @@
+"""Budgets from words, schedules that meet them, thresholds that meet schedules, and what a user sees of it."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+
+import iared2
+from families import FAMILIES
+from iared2.budget import Budget, curve, parse_budget, powered, solve_power
+from iared2.cli import main
+from iared2.errors import ConfigError, DataError
+from iared2.evaluate.calibrate import Calibrator, _boundary
+from iared2.interpreter import InterpreterConfig
+from iared2.worth import WorthConfig
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("0.65x", "share", 0.65),
+        ("65%", "share", 0.65),
+        (" 0.8 G ", "macs", 0.8e9),
+        ("800MMACs", "macs", 0.8e9),
+        ("9ms", "ms", 9),
+        (".5x", "share", 0.5),
+    ],
+)
+def test_budgets_from_words(text, kind, value):
+    found = parse_budget(text)
+    assert (found.kind, found.value) == (kind, pytest.approx(value))
+
+
+@pytest.mark.parametrize("text", ["", "0.65", "fast", "-1x", "0x", "1.2.3G", "nanx", "0.5 y"])
+def test_other_words_are_answered_with_the_right_ones(text):
+    with pytest.raises(ConfigError, match=r"wanted a share of the dense model's multiply-adds \(0.65x or 65%\)"):
+        parse_budget(text)
+
+
+def test_a_budget_of_the_dense_model_or_more_is_refused():
+    assert Budget("macs", 0.5e9).share(10**9) == 0.5
+    for budget in (Budget("share", 1.0), Budget("macs", 2e9)):
+        with pytest.raises(ConfigError, match="wanted less than 1"):
+            budget.share(10**9)
+
+
+@pytest.mark.parametrize("depth", [4, 12, 24, 40])
+@pytest.mark.parametrize("between", [False, True])
+def test_the_curve_falls_with_depth(depth, between):
+    ratios = curve(depth, range(1, depth), between)
+    assert all(1 >= a >= b > 0 for a, b in zip(ratios[:-1], ratios[1:], strict=True))
+
+
+@given(st.floats(0.35, 0.95))
+def test_the_power_found_costs_what_was_asked(share):
+    def cost(ratios):
+        return 0.3 + 0.7 * sum(r * r for r in ratios) / 3
+
+    power = solve_power(cost, (0.9, 0.6, 0.3), share)
+    assert cost(powered((0.9, 0.6, 0.3), power)) == pytest.approx(share, abs=1e-6)
+
+
+def test_a_power_out_of_reach_names_what_can_be_had():
+    with pytest.raises(ConfigError, match=r"got 0\.20x, but reducing at these blocks costs between 0\.30x and 1\.00x"):
+        solve_power(lambda ratios: 0.3 + 0.7 * ratios[-1], (0.5,), 0.2)
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=20, unique=True), st.integers(0, 20))
+def test_a_boundary_keeps_as_many_as_asked(chances, keep):
+    chance_P = torch.tensor(chances, dtype=torch.float64)
+    assert (chance_P > _boundary(chance_P, keep)).sum() == min(keep, len(chances))
+
+
+def model(seed: int = 0, **settings) -> iared2.ReducedTransformer:
+    torch.manual_seed(seed)
+    interpreter = InterpreterConfig(policy="class", context=True, init_score=0.3)
+    parts = {"place": "between", "worth": WorthConfig(), "on_drop": "merge"} | settings
+    return iared2.reduce(FAMILIES["deit"].build(), (1, 2, 3), interpreter=interpreter, **parts).eval()
+
+
+def calibrator(reduced: iared2.ReducedTransformer, count: int = 64) -> Calibrator:
+    return Calibrator(reduced, list(FAMILIES["deit"].images(count).split(16)))
+
+
+@pytest.mark.parametrize("worth", [None, WorthConfig()])
+def test_thresholds_leave_the_shares_that_were_asked_for(worth):
+    reduced = model(worth=worth)
+    thresholds = calibrator(reduced).thresholds_for((0.8, 0.5, 0.2))
+    assert len(thresholds) == 3 and reduced.threshold == thresholds
+    found = calibrator(reduced).measure()
+    assert found.ratios == pytest.approx((0.8, 0.5, 0.2), abs=0.005)
+    _, trace = reduced.trace(FAMILIES["deit"].images(64))
+    assert trace.keep_ratio[:, 2].std() > 0.01  # the shares hold on average, not in each picture
+
+
+@pytest.mark.parametrize("share", [0.85, 0.7, 0.62])
+def test_the_budget_is_met_and_what_is_expected_is_what_happens(share):
+    reduced = model()
+    expected = calibrator(reduced).to_share(share)
+    assert expected.share == pytest.approx(share, abs=0.02)
+    images = FAMILIES["deit"].images(64)
+    with torch.no_grad():
+        logits, trace = reduced.trace(images)
+        agree = (logits.argmax(1) == reduced.backbone(images).argmax(1)).float().mean()
+    assert trace.share_of_dense() == pytest.approx(expected.share, abs=1e-6)
+    assert expected.agreement == pytest.approx(100 * agree.item(), abs=1e-3)
+    assert expected.slope <= 0 and expected.pictures == 64
+
+
+def test_settled_thresholds_are_one_half_and_answers_stay():
+    reduced, images = model(), FAMILIES["deit"].images(20)
+    found = calibrator(reduced)
+    found.to_share(0.7)
+    before = reduced(images)
+    found.settle()
+    assert reduced.threshold == 0.5
+    torch.testing.assert_close(reduced(images), before)
+
+
+def test_a_disagreement_is_kept_to_as_cheaply_as_can_be():
+    reduced = model()
+    strict, loose = (calibrator(reduced).to_disagreement(allowed) for allowed in (5.0, 40.0))
+    assert strict.agreement >= 95.0 and loose.agreement >= 60.0
+    assert loose.share < strict.share
+
+
+def test_a_time_is_measured_and_one_out_of_reach_is_refused():
+    found = calibrator(model())
+    with pytest.raises(ConfigError, match=r"got 1e\+06 ms per image, but this model takes between"):
+        found.to_milliseconds(1e6)
+
+
+def test_a_model_without_a_classifier_is_measured_by_the_cosine():
+    backbone = FAMILIES["dinov2_reg"].build(num_classes=0)
+    reduced = iared2.reduce(backbone, (1, 2, 3), place="between", worth=WorthConfig(), on_drop="merge").eval()
+    expected = Calibrator(reduced, [FAMILIES["dinov2_reg"].images(16)]).to_share(0.9)
+    assert 0 < expected.agreement <= 100 and expected.kl == 0
+
+
+def test_nothing_to_calibrate_on_and_answers_that_are_not_numbers():
+    reduced = model()
+    with pytest.raises(DataError, match="no pictures to calibrate on"):
+        Calibrator(reduced, [])
+    torch.nn.init.constant_(reduced.backbone.head.bias, float("nan"))
+    with pytest.raises(ConfigError, match="answers NaN or infinity"):
+        calibrator(reduced)
+
+
+# ---- the commands ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A plain folder of pictures, some in a sub-folder, and weights of a tiny ViT."""
+    root = tmp_path_factory.mktemp("plain")
+    draw = torch.Generator().manual_seed(0)
+    (root / "photos" / "more").mkdir(parents=True)
+    for index in range(24):
+        coarse = torch.randint(0, 255, (5, 6, 3), dtype=torch.uint8, generator=draw)
+        place = root / "photos" / ("more" if index % 3 == 0 else "")
+        Image.fromarray(coarse.numpy()).resize((48, 40)).save(place / f"{index}.png")
+    torch.manual_seed(0)
+    import timm
+
+    save_file(timm.create_model("test_vit", num_classes=1000).state_dict(), root / "weights.safetensors")
+    return root
+
+
+def command(plain, *more: str, target: str = "0.7x") -> list[str]:
+    named = ["--model", "test_vit", "--weights", str(plain / "weights.safetensors"), "--data", str(plain / "photos")]
+    return ["train", "--target-macs", target, *named, "--device", "cpu", "--workers", "0", "--dtype", "float32", *more]
+
+
+SMALL = ("data.held_out=8", "data.batch_size=4", "data.views=1")
+
+
+@pytest.mark.untyped
+def test_a_plain_folder_and_a_budget_make_a_model_that_eval_takes(plain, tmp_path, caplog, capsys):
+    out = tmp_path / "out"
+    assert main(command(plain, "-o", str(out), "together.walk_epochs=1", "together.block_epochs=1", *SMALL)) == 0
+    text = " ".join(caplog.text.split())
+    assert "multiply-adds agreement with dense KL to dense" in text and "reached: 0." in text
+    reduced = iared2.load_reduced(out)  # its blocks were trained, so the weights are in it
+    assert reduced.config.place == "between" and reduced.threshold == 0.5
+    labelled = tmp_path / "labelled"
+    labelled.mkdir()
+    files = sorted((plain / "photos").glob("*.png"))
+    for file in files:
+        (labelled / file.name).write_bytes(file.read_bytes())
+    (labelled / "labels.csv").write_text("file,class_index\n" + "".join(f"{file.name},{i}\n" for i, file in enumerate(files)))
+    report = tmp_path / "report.json"
+    assert main(["eval", "--model", str(out), "--data", str(labelled), "--json", str(report), "--workers", "0"]) == 0
+    share = json.loads(report.read_text())["rows"][1]["macs_share"]
+    assert share == pytest.approx(0.7, abs=0.05)  # other pictures than those it was calibrated on
+    wish = ["--target-macs", "0.8x", "-o", str(tmp_path / "c"), "--workers", "0"]
+    assert main(["calibrate", "--model", str(out), "--data", str(plain / "photos"), *wish]) == 0
+    assert "of the dense multiply-adds" in capsys.readouterr().out
+    assert iared2.load_reduced(tmp_path / "c").config.thresholds != reduced.config.thresholds
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("target", "more", "message"),
+    [
+        ("0.01x", (), "budget: got 0.01x, but reducing at these blocks costs between"),
+        ("1.5x", (), "wanted less than 1"),
+        ("soon", (), "together.target: budget: got 'soon', wanted a share"),
+        ("0.7x", ("together.walk.labels=true", "together.walk_epochs=1"), "together.walk.labels needs labels; give labelled data"),
+        ("0.7x", ("data.flip=true",), "together.remember: needs pictures without augmentation"),
+        ("0.7x", ("data.held_out=24",), "cannot take 24 pictures away"),
+    ],
+)
+def test_wrong_requests_end_in_one_line(plain, tmp_path, capsys, target, more, message):
+    small = [] if any("held_out" in part for part in more) else SMALL
+    assert main(command(plain, "-o", str(tmp_path), *small, *more, target=target)) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error and "Traceback" not in error
+
+
+@pytest.mark.untyped
+def test_an_empty_folder_and_weights_that_are_not_numbers_end_in_one_line(plain, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    arguments = command(plain, "-o", str(tmp_path / "o"), *SMALL)
+    arguments[arguments.index("--data") + 1] = str(tmp_path / "empty")
+    assert main(arguments) == 2
+    assert "no pictures in it" in " ".join(capsys.readouterr().err.split())
+    import timm
+    from safetensors.torch import load_file
+
+    tensors = load_file(plain / "weights.safetensors")
+    tensors["norm.weight"] = torch.full_like(tensors["norm.weight"], 3e38)  # finite in the file, infinite in the answers
+    save_file(tensors, tmp_path / "wild.safetensors")
+    arguments = command(plain, "-o", str(tmp_path / "o"), *SMALL)
+    arguments[arguments.index("--weights") + 1] = str(tmp_path / "wild.safetensors")
+    assert main(arguments) == 2
+    assert "answers NaN or infinity" in " ".join(capsys.readouterr().err.split())
+    assert timm.is_model("test_vit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "wanted one of --target-macs 0.65x and --disagreement 1.5"),
+        (["--target-macs", "0.7x", "--disagreement", "2"], "give one of the two"),
+        (["--disagreement", "-3"], "wanted a percentage from 0 to 100"),
+        (["--target-macs", "0.7x", "--limit", "0"], "--limit: got 0"),
+    ],
+)
+def test_calibrate_refuses_unclear_wishes(tmp_path, capsys, arguments, message):
+    assert main(["calibrate", "--data", str(tmp_path), "-o", str(tmp_path / "o"), *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
