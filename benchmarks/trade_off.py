@@ -1,0 +1,156 @@
+"""Accuracy against multiply-adds on labelled photos: ours (one model per seed) beside ToMe, class attention and chance.
+
+python benchmarks/trade_off.py PHOTOS --weights FILE --calibrate PHOTOS2 --held-out 200 --models RUN0 RUN1 RUN2 [--budgets 0.67 0.60]
+
+PHOTOS is looked at once per row, for the published figure; thresholds are calibrated on pictures held out of PHOTOS2, which were
+trained on by nobody. Differences are paired with the dense model on the same photos; over seeds their mean and 95 % interval
+(Student's t). Peers have no seed: there the interval is the paired standard error times 1.96.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+
+import iared2  # first: see iared2/_compat.py
+
+# isort: split
+import timm
+import torch
+from torch.nn import functional as F
+
+from iared2.data.arrays import Preprocess
+from iared2.data.batches import make_batches
+from iared2.data.sources import open_data
+from iared2.evaluate.calibrate import Calibrator
+from iared2.evaluate.classify import eval_preprocess
+from iared2.evaluate.machine import describe_machine, versions
+from iared2.keep import TopK
+from iared2.reducers.baselines import AttentionReducer, RandomReducer, ToMeReducer, with_reducers
+from iared2.saving import load_tensors
+from iared2.seeds import generator
+
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by number of seeds
+
+
+def pictures(folder, how: Preprocess, held_out: int | None = None):
+    """Batches of a folder, or of the pictures that training holds out of it; with labels and sources."""
+    data = open_data(folder, "val")
+    if held_out is not None:
+        order = torch.randperm(len(data), generator=generator(0)).tolist()
+        data = data.select(sorted(order[:held_out]))
+    batches = list(make_batches(data, how, 50, train=False, workers=2).epoch(0))
+    return [b["images"] for b in batches], torch.cat([b["labels"] for b in batches]), getattr(data, "sources", None)
+
+
+@torch.inference_mode()
+def measure(model, images):
+    """Logits and mean share of the dense multiply-adds."""
+    logits, share = [], 0.0
+    for batch in images:
+        found, trace = model.trace(batch)
+        logits.append(found.float())
+        share += trace.share_of_dense() * len(batch)
+    return torch.cat(logits), share / sum(map(len, images))
+
+
+def row(name: str, found, dense, labels, share: float, sources) -> dict:
+    """One line of the table, in percent."""
+    right, was = (found.argmax(1) == labels).double(), (dense.argmax(1) == labels).double()
+    difference = right - was
+    kl = F.kl_div(found.log_softmax(1), dense.log_softmax(1), reduction="batchmean", log_target=True).item()
+    parts = {}
+    for source in sorted(set(sources or ())):
+        mine = torch.tensor([other == source for other in sources])
+        parts[source] = round(100 * difference[mine].mean().item(), 2)
+    return {
+        "method": name,
+        "saved": round(100 * (1 - share), 2),
+        "top1": round(100 * right.mean().item(), 2),
+        "difference": round(100 * difference.mean().item(), 3),
+        "standard_error": round(100 * difference.std().item() / math.sqrt(len(labels)), 3),
+        "agreement": round(100 * (found.argmax(1) == dense.argmax(1)).double().mean().item(), 2),
+        "kl": round(kl, 4),
+        "sources": parts,
+    }
+
+
+def peers(backbone):
+    """(name, reduced model) of every peer row."""
+    depth, width = len(backbone.blocks), backbone.embed_dim
+    key_width = width // backbone.blocks[0].attn.num_heads
+    for r in (8, 10, 12, 14, 16):
+        model = iared2.reduce(backbone, range(depth), place="between", on_drop="merge").eval()
+        with_reducers(model, [ToMeReducer(r, key_width) for _ in range(depth)])
+        yield f"ToMe r={r}", model
+    for on_drop in ("merge", "discard"):
+        for first, second in ((0.6, 0.3), (0.5, 0.25)):
+            model = iared2.reduce(backbone, (depth // 3, 2 * depth // 3), on_drop=on_drop).eval()
+            with_reducers(model, [AttentionReducer(TopK(ratio), on_drop, width) for ratio in (first, second)])
+            yield f"class attention {first:.0%}, {second:.0%}, {on_drop}", model
+    for ratio in (0.7, 0.6):
+        model = iared2.reduce(backbone, (0,)).eval()
+        with_reducers(model, [RandomReducer(ratio)])
+        yield f"chance {ratio:.0%} at the input", model
+
+
+def over_seeds(rows: list[dict]) -> dict:
+    """Mean over seeds, and half the 95 % interval of the difference."""
+    means = {key: round(statistics.mean(r[key] for r in rows), 4) for key in ("saved", "top1", "difference", "agreement", "kl")}
+    spread = statistics.stdev(r["difference"] for r in rows) if len(rows) > 1 else float("nan")
+    half = T95.get(len(rows), 1.96) * spread / math.sqrt(len(rows))
+    sources = {s: round(statistics.mean(r["sources"][s] for r in rows), 2) for s in rows[0]["sources"]}
+    return {"method": rows[0]["method"], "seeds": len(rows), **means, "interval": round(half, 2), "sources": sources}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("photos")
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--calibrate", required=True)
+    parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--models", nargs="*", default=[])
+    parser.add_argument("--name", default="ours")
+    parser.add_argument("--budgets", nargs="*", type=float, default=[0.67, 0.60, 0.54, 0.48])
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    backbone = timm.create_model("deit_tiny_patch16_224.fb_in1k").eval()
+    load_tensors(backbone, Path(options.weights))
+    how = eval_preprocess(iared2.reduce(backbone, 3))
+    images, labels, sources = pictures(options.photos, how)
+    held, _, _ = pictures(options.calibrate, how, options.held_out)
+    rows = []
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        dense = torch.cat([backbone(batch).float() for batch in images])
+        rows.append(row("dense", dense, dense, labels, 1.0, sources))
+        print(json.dumps(rows[-1]), flush=True)
+        for name, model in peers(backbone) if options.peers else ():
+            found, share = measure(model, images)
+            rows.append(row(name, found, dense, labels, share, sources))
+            print(json.dumps(rows[-1]), flush=True)
+        for budget in options.budgets:
+            seeds = []
+            for folder in options.models:
+                trained = (Path(folder) / "backbone.safetensors").is_file()
+                model = iared2.load_reduced(folder) if trained else iared2.load_reduced(folder, backbone=backbone)
+                expected = Calibrator(model, held, dense=[backbone(batch).float() for batch in held]).to_share(budget)
+                found, share = measure(model, images)
+                seeds.append(row(f"{options.name} at {budget:g}x", found, dense, labels, share, sources))
+                print(json.dumps(seeds[-1] | {"model": folder, "expected": expected.line()}), flush=True)
+            if seeds:
+                rows.append(over_seeds(seeds))
+                print(json.dumps(rows[-1]), flush=True)
+    print("\n| method | multiply-adds saved | top-1 | difference | agreement | KL |\n|---|---|---|---|---|---|")
+    for r in rows:
+        half = r["interval"] if "interval" in r else 1.96 * r["standard_error"]
+        loss = f"{r['difference']:+.2f} ± {half:.2f}"
+        print(f"| {r['method']} | {r['saved']:.1f} % | {r['top1']:.2f} | {loss} | {r['agreement']:.1f} % | {r['kl']:.4f} |")
+    if options.json:
+        about = {"photos": len(labels), "machine": describe_machine(torch.device("cpu")), "versions": versions()}
+        options.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
