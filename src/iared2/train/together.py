@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iared2 import cost
-from iared2.keep import BatchBudget, Sampled
+from iared2.evaluate.calibrate import Calibrator
+from iared2.keep import Sampled
 from iared2.model import ReducedTransformer
-from iared2.reducers.base import Reduction
-from iared2.reducers.iared2 import InterpreterReducer
 from iared2.reward import entropy, log_probability
 from iared2.runtime import mean_over_ranks
 from iared2.tokens.packed import scatter_places, sum_of_patches
@@ -26,6 +25,9 @@ from iared2.train.tasks import GroupTask, join_states, split_state
 from iared2.train.together_settings import WalkSettings
 from iared2.train.trainer import Batches, Task
 from iared2.walk import State
+
+FIRST_PICTURES = 256  # that chances are set by before the first step
+FOLLOWING = 0.5  # how far an offset moves for a share that is off by one
 
 _LEAST = 1e-8
 
@@ -83,8 +85,8 @@ class ImitationTask(TogetherTask):
     """Each interpreter learns how the dense model's evidence is shared among the tokens it sees.
 
     Along the walk the share I_i m_i / sum_j I_j m_j of a token should be its share of the evidence on all patches that it
-    carries: the Kullback-Leibler divergence between the two is the loss. `ratios` says how much each group keeps meanwhile,
-    over the whole batch; chances are moved so that their threshold of 0.5 keeps that much.
+    carries: the Kullback-Leibler divergence between the two is the loss. `ratios` says how much each group leaves meanwhile, on
+    average over pictures; chances are moved so that their threshold leaves that much.
     """
 
     def __init__(self, model: ReducedTransformer, ratios: Sequence[float], memory: Memory | None, against: float = 0.3) -> None:
@@ -98,41 +100,39 @@ class ImitationTask(TogetherTask):
                 reducer.worth.requires_grad_(False)
 
     def first_look(self, batches: Batches) -> None:
-        """The first offsets are those of the first batch."""
+        """Chances are moved once to where the first pictures leave the wanted shares; which process reads them does not matter."""
         device = next(self.model.parameters()).device
-        batch = next(iter(batches.epoch(0)))
-        self._follow(batch["images"].to(device), speed=1.0)
+        pictures: list[Tensor] = []
+        for batch in batches.epoch(0):
+            pictures.append(batch["images"].to(device))
+            if sum(map(len, pictures)) >= FIRST_PICTURES:
+                break
+        calibrator = Calibrator(self.model, pictures)
+        calibrator.thresholds_for(self.ratios)
+        calibrator.settle()
 
     @torch.no_grad()
-    def _follow(self, images: Float[Tensor, "B 3 height width"], speed: float) -> None:
-        state = self.model.start(images)
-        for group, ratio in enumerate(self.ratios):
-            reducer = self.model.reducers[group]
-            state = self.model.walk_to(state, group, reduce=())
-            state = self._reduce(state, group, ratio, reducer.interpreter(state.tokens, state.class_TH), speed)[0]
-
-    @torch.no_grad()
-    def _reduce(self, state: State, group: int, ratio: float, score_T: Tensor, speed: float) -> tuple[State, Tensor]:
-        """Keeps the best `ratio` of all patches of the batch, whichever images they are in, and says which share of places is left."""
+    def _reduce(self, state: State, group: int, score_T: Tensor) -> tuple[State, Tensor]:
+        """Keeps what the threshold keeps, and moves chances towards the wanted share, which a batch as a whole should leave."""
         reducer, score_T = self.model.reducers[group], score_T.detach()
         chance_T = reducer.chance(score_T, state.tokens, state.key_THK)
-        rule = BatchBudget(ratio, self.model.adapter.needs_patch)
-        reduction = reducer.apply_rule(rule, score_T, state.tokens, state.key_THK, chance_T)
-        follow_boundary(reducer, chance_T, reduction, speed)
-        return self.model.after_reduction(state, reduction), reduction.kept_B.float().mean() / reduction.before.places
+        reduction = reducer.apply_rule(reducer.rule, score_T, state.tokens, state.key_THK, chance_T)
+        left = mean_over_ranks(reduction.kept_B.float().mean() / reduction.before.places)
+        if reducer.worth is not None:  # no parameter that gradients keep equal between ranks
+            reducer.worth.offset.add_(FOLLOWING * (left - self.ratios[group]))
+        return self.model.after_reduction(state, reduction), left
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         evidence_GBN, _ = self.dense(batch)
         with torch.no_grad():
             state = self.model.start(batch["images"])
         losses, kept = [], []
-        for group, ratio in enumerate(self.ratios):
-            reducer = self.model.reducers[group]
+        for group, reducer in enumerate(self.model.reducers):
             with torch.no_grad():
                 state = self.model.walk_to(state, group, reduce=())
             score_T = GroupTask.finite(reducer.interpreter(state.tokens, state.class_TH))
             losses.append(share_loss(score_T, state, evidence_GBN[group]))
-            state, left = self._reduce(state, group, ratio, score_T, speed=0.05)
+            state, left = self._reduce(state, group, score_T)
             kept.append(left)
         return {
             "loss": torch.stack(losses).sum(),
@@ -157,22 +157,6 @@ def share_loss(score_T: Float[Tensor, " T"], state: State, evidence_BN: Float[Te
     found_BN = scatter_places(relevance_T, layout)
     found_BN = found_BN / found_BN.sum(1, keepdim=True).clamp(min=_LEAST)
     return F.kl_div((found_BN + _LEAST).log(), wanted_BN, reduction="batchmean")
-
-
-@torch.no_grad()
-def follow_boundary(reducer: InterpreterReducer, chance_T: Tensor, reduction: Reduction, speed: float) -> None:
-    """Moves a worth's offset so that the last chance kept becomes one half: all the way at a speed of 1."""
-    if reducer.worth is None:
-        return
-    layout = reduction.before
-    kept_T = torch.zeros_like(layout.is_patch_T).index_fill(0, reduction.chosen.index_S, True) & layout.is_patch_T
-    lost_T = ~kept_T & layout.is_patch_T
-    middle = torch.zeros_like(reducer.worth.offset)
-    if kept_T.any() and lost_T.any():
-        logit_T = torch.logit(chance_T, eps=1e-7)
-        middle = (logit_T[kept_T].min() + logit_T[lost_T].max()) / 2
-    middle = mean_over_ranks(middle)  # the offset is no parameter that gradients keep equal
-    reducer.worth.offset.add_(speed * middle / reducer.worth.config.steepness)
 
 
 @dataclass
