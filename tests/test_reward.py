@@ -11,7 +11,7 @@ from torch import Tensor
 import oracle
 from iared2.errors import ConfigError
 from iared2.interpreter import Interpreter, InterpreterConfig
-from iared2.reward import RewardConfig, entropy, log_probability, policy_gradient_loss, reward
+from iared2.reward import EstimatorConfig, RewardConfig, advantages, entropy, log_probability, policy_gradient_loss, reward
 from iared2.settings import explain_validation
 from packs import make_pack
 
@@ -101,6 +101,45 @@ def test_the_estimators_expectation_is_the_gradient_of_the_expected_reward(seed,
         for name, got, exact in zip(world.names, world.expected(baseline), wanted, strict=True):
             assert (got - (0 if exact is None else exact)).abs().max() < 1e-10 * (1 if baseline != 123.4 else 100), name
     assert max(float(w.abs().max()) for w in wanted if w is not None) > 1e-3
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("normalised", [False, True])
+def test_leave_one_out_is_unbiased_too(seed, normalised):
+    """Every pair of draws of four patches, weighed by its probability. Normalising scales a draw's gradient, and so is biased."""
+    world = Enumeration(seed, "square", InterpreterConfig())
+    world.keeps, world.reward_U = world.keeps[::4][:, :], world.reward_U[::4]  # the last two patches are always dropped
+    config = EstimatorConfig(samples=2, baseline="leave_one_out", normalise_advantage=normalised)
+
+    def probability(score_N: Tensor) -> Tensor:
+        return torch.where(world.keeps[:, :4], score_N[:4], 1 - score_N[:4]).prod(1)
+
+    exact = torch.autograd.grad((probability(world.scores()) * world.reward_U).sum(), world.values, allow_unused=True)
+    total = [torch.zeros_like(v) for v in world.values]
+    p_U = probability(world.scores()).detach()
+    for a, b in itertools.product(range(len(world.keeps)), repeat=2):
+        score_N = world.scores()[:4]
+        log_p_K1 = torch.stack([log_probability(score_N, world.keeps[u, :4]).sum()[None] for u in (a, b)])
+        advantage_K1 = advantages(world.reward_U[[a, b]][:, None], None, config)
+        loss = policy_gradient_loss(log_p_K1.flatten(), advantage_K1.flatten())
+        for number, gradient in enumerate(torch.autograd.grad(loss, world.values, allow_unused=True)):
+            if gradient is not None:
+                total[number] -= p_U[a] * p_U[b] * gradient
+    error = max(float((t - (0 if e is None else e)).abs().max()) for t, e in zip(total, exact, strict=True))
+    size = max(float(e.abs().max()) for e in exact if e is not None)
+    assert (error > 0.1 * size) if normalised else (error < 1e-9)
+
+
+def test_advantages_by_hand_and_settings_that_do_not_fit():
+    reward_KB = torch.tensor([[1.0, 0.0], [0.0, 0.5], [0.5, 1.0]])
+    found = advantages(reward_KB, None, EstimatorConfig(samples=3, baseline="leave_one_out"))
+    torch.testing.assert_close(found, torch.tensor([[0.75, -0.75], [-0.75, 0.0], [0.0, 0.75]]))
+    greedy = advantages(reward_KB, torch.tensor([0.5, 1.0]), EstimatorConfig(samples=3))
+    torch.testing.assert_close(greedy, reward_KB - torch.tensor([0.5, 1.0]))
+    scaled = advantages(reward_KB, torch.tensor([0.5, 1.0]), EstimatorConfig(samples=3, normalise_advantage=True))
+    torch.testing.assert_close(scaled, greedy / greedy.std())
+    with pytest.raises(ValueError, match="got samples=1, wanted 2 or more"):
+        EstimatorConfig(baseline="leave_one_out")
 
 
 def test_the_self_critical_baseline_lowers_the_variance_here():

@@ -20,7 +20,7 @@ from iared2.curriculum import StagePlan, algorithm_1
 from iared2.errors import ConfigError, TrainingError
 from iared2.keep import Threshold
 from iared2.model import reduce
-from iared2.reward import RewardConfig
+from iared2.reward import EstimatorConfig, RewardConfig
 from iared2.tokens.packed import scatter_places
 from iared2.train.checkpoint import Place, latest_checkpoint, save_checkpoint
 from iared2.train.feeds import Feeds
@@ -334,3 +334,31 @@ def test_unknown_optimizer_is_a_clear_error(tmp_path: Path) -> None:
     stage = Stage("x", Poisoned(9), tiny_run.tiny_feeds().train, 1, OptimSettings(optimizer="adamm"))
     with pytest.raises(ConfigError, match="adam"):
         Trainer(stage.task, RunSettings(tmp_path, "x"), Accelerator(cpu=True)).fit([stage])
+
+
+@pytest.mark.parametrize("baseline", ["greedy", "leave_one_out"])
+def test_several_draws_of_one_image_share_the_frozen_prefix(baseline: str) -> None:
+    model = reduce(tiny_run.tiny_backbone(), 2)
+    batch = next(iter(tiny_run.tiny_feeds().train.epoch(0)))
+    task = InterpreterTask(model, 1, RewardConfig(), estimator=EstimatorConfig(samples=3, baseline=baseline))
+    task.begin()
+    runs = []
+    model.backbone.blocks[0].norm1.register_forward_hook(lambda *_: runs.append(1))
+    logs = task(batch)
+    logs["loss"].backward()
+    assert len(runs) == 1
+    assert ("baseline" in logs) == (baseline == "greedy")
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.reducers[1].parameters())
+
+
+def test_without_a_classifier_the_reward_is_the_cosine_and_labels_are_refused() -> None:
+    model = reduce(tiny_run.tiny_backbone(num_classes=0), 2).eval()
+    with pytest.raises(ConfigError, match=r"has no classifier; set reward\.target=dense"):
+        InterpreterTask(model, 0, RewardConfig())
+    task = InterpreterTask(model, 0, RewardConfig(target="dense"))
+    task.begin()
+    interpreter = model.reducers[0].interpreter
+    nn.init.zeros_(interpreter.query.weight)
+    interpreter.query.bias.data.mul_(100)  # everything is kept
+    logs = task(next(iter(tiny_run.tiny_feeds().train.epoch(0))))
+    assert logs["reward"].item() == pytest.approx(0.0, abs=1e-5)  # a cosine of 1, and the cost of all patches is 1

@@ -7,7 +7,7 @@ called here. `import iared2` only installs a hook that does so when torchvision 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -21,7 +21,7 @@ _kept: list[Any] = []  # libraries: declarations vanish with them
 class _BeforeTorchvision(MetaPathFinder):
     """Finds nothing itself; declares what torchvision lacks just before another finder finds it."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Iterable[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         del path, target
         if name == "torchvision" and self in sys.meta_path:
             sys.meta_path.remove(self)

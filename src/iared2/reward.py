@@ -31,6 +31,34 @@ class RewardConfig(Settings):
         return self
 
 
+class EstimatorConfig(Settings):
+    """How the gradient of the expected reward is estimated. The defaults are the paper's: one draw against the greedy choice."""
+
+    samples: int = Field(1, ge=1, description="draws per image, K")
+    baseline: Literal["greedy", "leave_one_out"] = Field("greedy", description="the greedy choice's reward, or the mean of the other draws")
+    normalise_advantage: bool = Field(False, description="divide advantages by their standard deviation over the batch")
+
+    @model_validator(mode="after")
+    def _others_are_needed(self) -> "EstimatorConfig":
+        if self.baseline == "leave_one_out" and self.samples < 2:
+            raise ValueError(f"baseline: leave_one_out compares a draw with the others; got samples={self.samples}, wanted 2 or more")
+        return self
+
+
+def advantages(reward_KB: Float[Tensor, "K B"], greedy_B: Float[Tensor, " B"] | None, config: EstimatorConfig) -> Float[Tensor, "K B"]:
+    """R(u) minus a baseline that does not depend on u, for K draws of each of B images.
+
+    Args:
+        greedy_B: the rewards of the greedy choices; None with leave-one-out.
+    """
+    if config.baseline == "leave_one_out" or greedy_B is None:
+        draws = len(reward_KB)
+        found_KB = (reward_KB - reward_KB.mean(0)) * draws / (draws - 1)  # R_k minus the mean of the others
+    else:
+        found_KB = reward_KB - greedy_B
+    return found_KB / found_KB.std().clamp(min=1e-6) if config.normalise_advantage and found_KB.numel() > 1 else found_KB
+
+
 def reward(
     correct_B: Bool[Tensor, " B"] | Float[Tensor, " B"], kept_B: Int[Tensor, " B"], patches_B: Int[Tensor, " B"], config: RewardConfig
 ) -> Float[Tensor, " B"]:

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from iared2.errors import ConfigError
 from iared2.handover import OnDrop
 from iared2.interpreter import InterpreterConfig
-from iared2.reward import RewardConfig
+from iared2.reward import EstimatorConfig, RewardConfig
 from iared2.settings import Settings, explain_validation, unknown_key
 from iared2.train.optim import OptimSettings, Whole
 from iared2.train.overrides import parse_overrides, put
@@ -73,6 +73,8 @@ class ReductionSettings(Settings):
     groups: Whole | tuple[Whole, ...] = Field(3, description="how many even groups, or the first block of each")
     interpreter: InterpreterConfig = InterpreterConfig()
     reward: RewardConfig = RewardConfig()
+    error_penalties: tuple[float, ...] = Field((), description="tau of each group; empty takes reward.error_penalty everywhere")
+    estimator: EstimatorConfig = EstimatorConfig()
     on_drop: OnDrop = "discard"
     interpreter_epochs: Whole = Field(10, ge=0)
     block_epochs: Whole = Field(20, ge=0, description="0 trains interpreters only")
@@ -93,7 +95,15 @@ class ReductionSettings(Settings):
         count = self.groups if isinstance(self.groups, int) else len(self.groups)
         if self.warm_start_epochs and len(self.warm_start_ratios) != count:
             raise ValueError(f"warm_start_ratios: got {len(self.warm_start_ratios)}, wanted one for each of {count} groups")
+        if self.error_penalties and len(self.error_penalties) != count:
+            raise ValueError(f"error_penalties: got {len(self.error_penalties)}, wanted one for each of {count} groups")
         return self
+
+    def reward_of(self, group: int) -> RewardConfig:
+        """The reward of one group's interpreter."""
+        if not self.error_penalties:
+            return self.reward
+        return self.reward.model_copy(update={"error_penalty": self.error_penalties[group]})
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> "ReductionSettings":

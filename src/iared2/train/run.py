@@ -232,7 +232,8 @@ def build_stage(
         task = WarmStartTask(model, plan.group, ratio, sharpness, blur, settings.cache_prefix)
         optim = settings.warm_start_optim
     elif plan.kind == "interpreter":
-        task = InterpreterTask(model, plan.group, settings.reward, settings.entropy_bonus, settings.cache_prefix)
+        reward = settings.reward_of(plan.group)
+        task = InterpreterTask(model, plan.group, reward, settings.entropy_bonus, settings.cache_prefix, settings.estimator)
         optim = settings.interpreter_optim
     else:
         task = BlocksTask(model, plan.group, settings.train_head, teacher)

@@ -7,12 +7,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from iared2.errors import ConfigError
 from iared2.keep import Sampled, Threshold
 from iared2.model import ReducedTransformer
 from iared2.reducers.base import Reduction
 from iared2.reducers.iared2 import InterpreterReducer
-from iared2.reward import RewardConfig, entropy, log_probability, policy_gradient_loss, reward
-from iared2.tokens.packed import Layout, join, split
+from iared2.reward import EstimatorConfig, RewardConfig, advantages, entropy, log_probability, policy_gradient_loss, reward
+from iared2.tokens.packed import join, split, sum_of_patches
 from iared2.train.trainer import Task
 from iared2.walk import State
 
@@ -60,11 +61,12 @@ class GroupTask(Task):
         return state
 
     def dense_log_p(self, batch: dict[str, Tensor]) -> Float[Tensor, "B classes"]:
-        """The dense model's log-probabilities for each picture, remembered where states are."""
+        """The dense model's log-probabilities for each picture (its embedding, without a classifier), remembered where states are."""
         indices = batch["indices"].tolist()
         if self._states is not None and all(index in self._goals for index in indices):
             return torch.stack([self._goals[index] for index in indices])
-        found = self.dense_logits(batch["images"]).log_softmax(1)
+        found = self.dense_logits(batch["images"])
+        found = found.log_softmax(1) if self.model.num_classes else found
         if self._states is not None:
             self._goals.update(zip(indices, found, strict=True))
         return found
@@ -110,13 +112,27 @@ class InterpreterTask(ScoringTask):
 
     The sampled and the greedy pass share one frozen prefix, and no gradient is stored for the backbone: the
     only differentiable part is the score. Decisions already taken by earlier interpreters are greedy.
+
+    Args:
+        estimator: how many masks are drawn per image, and what their rewards are compared with; None is the paper's.
+
+    Raises:
+        ConfigError: labels are asked for, but the model has no classifier.
     """
 
     def __init__(
-        self, model: ReducedTransformer, group: int, config: RewardConfig, entropy_bonus: float = 0.0, cache: bool = False
+        self,
+        model: ReducedTransformer,
+        group: int,
+        config: RewardConfig,
+        entropy_bonus: float = 0.0,
+        cache: bool = False,
+        estimator: EstimatorConfig | None = None,
     ) -> None:
         super().__init__(model, group, cache)
-        self.config, self.entropy_bonus = config, entropy_bonus
+        if config.target == "label" and not model.num_classes:
+            raise ConfigError("reward.target: got label, but this model has no classifier; set reward.target=dense")
+        self.config, self.entropy_bonus, self.estimator = config, entropy_bonus, estimator or EstimatorConfig()
 
     def look_back(self, batch: dict[str, Tensor]) -> None:
         super().look_back(batch)
@@ -128,24 +144,26 @@ class InterpreterTask(ScoringTask):
         layout = state.tokens.layout
         goal = batch["labels"] if self.config.target == "label" else self.dense_log_p(batch)
         chance_T = self.finite(self.chance(state))
-        spare = self.model.adapter.needs_patch
+        rule, times = Sampled(self.model.adapter.needs_patch), self.estimator.samples
         with torch.no_grad():
-            sampled = self.reducer.apply_rule(Sampled(spare), chance_T.detach(), state.tokens, state.key_THK)
-            greedy = self.reducer.apply_rule(Threshold(0.5, spare), chance_T.detach(), state.tokens, state.key_THK)
-            reward_B = self._reward(state, sampled, goal)
-            baseline_B = self._reward(state, greedy, goal)
-        keep_T = torch.zeros_like(layout.is_patch_T).index_fill(0, sampled.chosen.index_S, True)
-        log_p_B = self._per_image(log_probability(chance_T, keep_T), layout)
+            draws = [self.reducer.apply_rule(rule, chance_T.detach(), state.tokens, state.key_THK) for _ in range(times)]
+            reward_KB = torch.stack([self._reward(state, draw, goal) for draw in draws])
+            logs = self._greedy(state, chance_T.detach(), goal) if self.estimator.baseline == "greedy" else {}
+        keeps = [torch.zeros_like(layout.is_patch_T).index_fill(0, draw.chosen.index_S, True) for draw in draws]
+        log_p_KB = torch.stack([sum_of_patches(log_probability(chance_T, keep_T), layout) for keep_T in keeps])
         entropy_T = entropy(chance_T)[layout.is_patch_T]
-        loss = policy_gradient_loss(log_p_B, reward_B - baseline_B) - self.entropy_bonus * entropy_T.mean()
-        return {
-            "loss": loss,
-            "reward": reward_B.mean(),
-            "baseline": baseline_B.mean(),
-            "keep_ratio": sampled.kept_B.float().mean() / layout.places,
-            "greedy_keep_ratio": greedy.kept_B.float().mean() / layout.places,
-            "entropy": entropy_T.mean(),
-        }
+        advantage_KB = advantages(reward_KB, logs.pop("greedy_B", None), self.estimator)
+        loss = policy_gradient_loss(log_p_KB.flatten(), advantage_KB.flatten()) - self.entropy_bonus * entropy_T.mean()
+        kept = torch.stack([draw.kept_B for draw in draws]).float().mean()
+        return {"loss": loss, "reward": reward_KB.mean(), "keep_ratio": kept / layout.places, **logs, "entropy": entropy_T.mean()}
+
+    def _greedy(self, state: State, chance_T: Tensor, goal: Tensor) -> dict[str, Tensor]:
+        """The greedy choice's rewards, and what to log of it."""
+        rule = Threshold(0.5, self.model.adapter.needs_patch)
+        greedy = self.reducer.apply_rule(rule, chance_T, state.tokens, state.key_THK)
+        reward_B = self._reward(state, greedy, goal)
+        share = greedy.kept_B.float().mean() / greedy.before.places
+        return {"greedy_B": reward_B, "baseline": reward_B.mean(), "greedy_keep_ratio": share}
 
     def _reward(self, state: State, reduction: Reduction, goal: Tensor) -> Float[Tensor, " B"]:
         layout = reduction.before
@@ -154,16 +172,12 @@ class InterpreterTask(ScoringTask):
         return reward(self._correct(self.finish(state, reduction), goal), reduction.kept_B, patches_B, self.config)
 
     def _correct(self, logits: Float[Tensor, "B classes"], goal: Tensor) -> Float[Tensor, " B"]:
-        """Whether, or to which degree, a reduced answer is right. The goal is labels, or the dense model's log-probabilities."""
+        """Whether, or to which degree, a reduced answer is right. The goal is labels, or the dense model's answer."""
+        if not self.model.num_classes:
+            return F.cosine_similarity(logits, goal, dim=1)
         if self.config.soft:
             return (-F.kl_div(logits.log_softmax(1), goal, reduction="none", log_target=True).sum(1)).exp()
         return (logits.argmax(1) == (goal if goal.ndim == 1 else goal.argmax(1))).float()
-
-    @staticmethod
-    def _per_image(value_T: Tensor, layout: Layout) -> Tensor:
-        """Sums over an image's patch rows: prefix rows are not decisions."""
-        patch_T = torch.where(layout.is_patch_T, value_T, 0.0)
-        return patch_T.new_zeros(layout.images).index_add(0, layout.image_T, patch_T)
 
 
 class BlocksTask(GroupTask):

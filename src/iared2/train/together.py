@@ -17,7 +17,7 @@ from iared2 import cost
 from iared2.evaluate.calibrate import Calibrator
 from iared2.keep import Sampled
 from iared2.model import ReducedTransformer
-from iared2.reward import entropy, log_probability
+from iared2.reward import EstimatorConfig, advantages, entropy, log_probability
 from iared2.runtime import mean_over_ranks
 from iared2.tokens.packed import scatter_places, sum_of_patches
 from iared2.train.evidence import dense_evidence
@@ -181,6 +181,9 @@ class WalkTask(TogetherTask):
     def __init__(self, model: ReducedTransformer, settings: WalkSettings, memory: Memory | None, share: float) -> None:
         super().__init__(model, memory)
         self.settings, self.share = settings, share
+        self.estimator = EstimatorConfig(
+            samples=settings.samples, baseline="leave_one_out", normalise_advantage=settings.normalise_advantage
+        )
         # In the model, so that checkpoints hold it.
         model.reducers.register_buffer("price", torch.tensor(settings.price))
 
@@ -198,9 +201,7 @@ class WalkTask(TogetherTask):
             degree = self._degree(drawn.state, output, batch["labels"])
             share = self._shares(drawn.kept_GB, size).to(degree)
             reward_KB = (degree - self.price * share).view(times, -1)
-            advantage_KB = (reward_KB - reward_KB.mean(0)) * times / (times - 1)
-            if self.settings.normalise_advantage:
-                advantage_KB = advantage_KB / advantage_KB.std().clamp(min=_LEAST)
+            advantage_KB = advantages(reward_KB, None, self.estimator)
             self._steer(share.mean())
         entropy_mean = torch.stack(drawn.entropy).mean()
         loss = -(advantage_KB.flatten() * drawn.log_p_B).mean() - self.settings.entropy_bonus * entropy_mean
