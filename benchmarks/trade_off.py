@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import statistics
+import time
 from pathlib import Path
 
 import iared2  # first: see iared2/_compat.py
@@ -95,6 +96,23 @@ def peers(backbone):
         yield f"chance {ratio:.0%} at the input", model
 
 
+@torch.inference_mode()
+def speeds(models: dict, images, rounds: int = 7) -> dict[str, float]:
+    """Images per second of every model, run in turn on the same batches; medians of the ratios to dense times dense's median."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(rounds + 1):
+        for name in list(models) if turn % 2 else list(models)[::-1]:
+            start = time.perf_counter()
+            for batch in images:
+                models[name](batch)
+            if turn:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    count = sum(map(len, images))
+    dense = statistics.median(times["dense"])
+    ratios = {name: statistics.median(t / d for t, d in zip(times[name], times["dense"], strict=True)) for name in models}
+    return {name: count / (dense * ratio) for name, ratio in ratios.items()}
+
+
 def over_seeds(rows: list[dict]) -> dict:
     """Mean over seeds, and half the 95 % interval of the difference."""
     means = {key: round(statistics.mean(r[key] for r in rows), 4) for key in ("saved", "top1", "difference", "agreement", "kl")}
@@ -114,6 +132,7 @@ def main() -> None:
     parser.add_argument("--name", default="ours")
     parser.add_argument("--budgets", nargs="*", type=float, default=[0.67, 0.60, 0.54, 0.48])
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--speed", action="store_true", help="also time every model in turn, on 128 of the photos")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     backbone = timm.create_model("deit_tiny_patch16_224.fb_in1k").eval()
@@ -121,12 +140,13 @@ def main() -> None:
     how = eval_preprocess(iared2.reduce(backbone, 3))
     images, labels, sources = pictures(options.photos, how)
     held, _, _ = pictures(options.calibrate, how, options.held_out)
-    rows = []
+    rows, timed = [], {"dense": backbone}
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         dense = torch.cat([backbone(batch).float() for batch in images])
         rows.append(row("dense", dense, dense, labels, 1.0, sources))
         print(json.dumps(rows[-1]), flush=True)
         for name, model in peers(backbone) if options.peers else ():
+            timed[name] = model
             found, share = measure(model, images)
             rows.append(row(name, found, dense, labels, share, sources))
             print(json.dumps(rows[-1]), flush=True)
@@ -136,12 +156,19 @@ def main() -> None:
                 trained = (Path(folder) / "backbone.safetensors").is_file()
                 model = iared2.load_reduced(folder) if trained else iared2.load_reduced(folder, backbone=backbone)
                 expected = Calibrator(model, held, dense=[backbone(batch).float() for batch in held]).to_share(budget)
+                timed.setdefault(f"{options.name} at {budget:g}x", model)
                 found, share = measure(model, images)
                 seeds.append(row(f"{options.name} at {budget:g}x", found, dense, labels, share, sources))
                 print(json.dumps(seeds[-1] | {"model": folder, "expected": expected.line()}), flush=True)
             if seeds:
                 rows.append(over_seeds(seeds))
                 print(json.dumps(rows[-1]), flush=True)
+        if options.speed:
+            found_speeds = speeds(timed, [batch[:32] for batch in images[:4]])
+            for name, rate in found_speeds.items():
+                print(f"{name}: {rate:.1f} images/s, {rate / found_speeds['dense']:.2f} x dense", flush=True)
+            for one in rows:
+                one["images_per_second"] = round(found_speeds.get(one["method"], float("nan")), 1)
     print("\n| method | multiply-adds saved | top-1 | difference | agreement | KL |\n|---|---|---|---|---|---|")
     for r in rows:
         half = r["interval"] if "interval" in r else 1.96 * r["standard_error"]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from iared2.data.pictures import MAX_PIXELS, find_pictures, read_picture, show
 from iared2.errors import DataError
+from iared2.report import pictures
 
 
 @pytest.fixture
@@ -220,3 +221,11 @@ def test_sources_that_lead_nowhere_are_named(tmp_path):
     wanted = ("no pictures", "no such file", "no file matches", "no such file")
     assert len(failed) == len(wanted)
     assert all(words in failure.reason for words, failure in zip(wanted, failed, strict=True))
+
+
+def test_many_groups_stand_in_several_rows() -> None:
+    photo = Image.new("RGB", (400, 400))
+    nine = pictures.hierarchy(photo, [np.ones((4, 4), bool)] * 9)
+    two = pictures.hierarchy(photo, [np.ones((4, 4), bool)] * 2)
+    assert nine.width < 2 * two.width
+    assert nine.height == 2 * two.height + pictures.GAP

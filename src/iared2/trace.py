@@ -44,12 +44,15 @@ class Trace:
         return self.keep_GBN.float().mean(-1).T
 
     def heatmap(self, group: int | None = None) -> Float[Tensor, "B h w"]:
-        """The scores of a group on the patch grid, in [0, 1]; by default the second group's, as in the paper, or the only one's.
+        """The scores of a group on the patch grid, in [0, 1].
+
+        By default the second group's, as in the paper, or the only one's; of more than three groups, the one in the middle.
 
         Raises:
             ConfigError: there is no such group.
         """
-        chosen = min(1, self.groups - 1) if group is None else group
+        usual = min(1, self.groups - 1) if self.groups <= 3 else (self.groups - 1) // 2
+        chosen = usual if group is None else group
         if not -self.groups <= chosen < self.groups:
             raise ConfigError(f"group: got {group}, wanted one of 0 to {self.groups - 1}")
         return to_map(self.score_GBN[chosen], self.grid)

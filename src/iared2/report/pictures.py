@@ -17,6 +17,7 @@ HEAT = 0.6  # share of the heat in an overlay; the rest is the photo in grey
 FADE = 0.8  # share of the pale tone where a patch was dropped
 PALE = (226, 229, 236)
 GAP = 12
+MOST_IN_A_ROW = 5
 SMALLEST, LARGEST = 320, 720  # bounds for the sides of a panel in pixels
 
 
@@ -69,9 +70,11 @@ def hierarchy(photo: Image.Image, kept: Sequence[Bool[np.ndarray, "h w"]]) -> Im
 
 
 def _per_row(size: tuple[int, int], panels: int) -> int:
-    """All in one row, unless that would be a ribbon: wide photos stand below one another."""
+    """All in one row, unless that would be a ribbon: wide photos stand below one another, and many panels in several rows."""
     width, height = size
-    return 1 if width > 3 * height else panels
+    if width > 3 * height:
+        return 1
+    return math.ceil(panels / math.ceil(panels / MOST_IN_A_ROW))
 
 
 def _badged(picture: Image.Image, text: str) -> Image.Image:
