@@ -122,7 +122,7 @@ def over_seeds(rows: list[dict]) -> dict:
     return {"method": rows[0]["method"], "seeds": len(rows), **means, "interval": round(half, 2), "sources": sources}
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos")
     parser.add_argument("--weights", required=True)
@@ -134,7 +134,19 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--speed", action="store_true", help="also time every model in turn, on 128 of the photos")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def print_table(rows: list[dict]) -> None:
+    print("\n| method | multiply-adds saved | top-1 | difference | agreement | KL |\n|---|---|---|---|---|---|")
+    for r in rows:
+        half = r["interval"] if "interval" in r else 1.96 * r["standard_error"]
+        loss = f"{r['difference']:+.2f} ± {half:.2f}"
+        print(f"| {r['method']} | {r['saved']:.1f} % | {r['top1']:.2f} | {loss} | {r['agreement']:.1f} % | {r['kl']:.4f} |")
+
+
+def main() -> None:
+    options = arguments()
     backbone = timm.create_model("deit_tiny_patch16_224.fb_in1k").eval()
     load_tensors(backbone, Path(options.weights))
     how = eval_preprocess(iared2.reduce(backbone, 3))
@@ -169,11 +181,7 @@ def main() -> None:
                 print(f"{name}: {rate:.1f} images/s, {rate / found_speeds['dense']:.2f} x dense", flush=True)
             for one in rows:
                 one["images_per_second"] = round(found_speeds.get(one["method"], float("nan")), 1)
-    print("\n| method | multiply-adds saved | top-1 | difference | agreement | KL |\n|---|---|---|---|---|---|")
-    for r in rows:
-        half = r["interval"] if "interval" in r else 1.96 * r["standard_error"]
-        loss = f"{r['difference']:+.2f} ± {half:.2f}"
-        print(f"| {r['method']} | {r['saved']:.1f} % | {r['top1']:.2f} | {loss} | {r['agreement']:.1f} % | {r['kl']:.4f} |")
+    print_table(rows)
     if options.json:
         about = {"photos": len(labels), "machine": describe_machine(torch.device("cpu")), "versions": versions()}
         options.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
