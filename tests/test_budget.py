@@ -175,7 +175,7 @@ def command(plain, *more: str, target: str = "0.7x") -> list[str]:
     return ["train", "--target-macs", target, *named, "--device", "cpu", "--workers", "0", "--dtype", "float32", *more]
 
 
-SMALL = ("data.held_out=8", "data.batch_size=4", "data.views=1")
+SMALL = ("data.held_out=8", "data.held_out_share=1", "data.batch_size=4", "data.views=1")
 
 
 @pytest.mark.untyped
@@ -183,7 +183,7 @@ def test_a_plain_folder_and_a_budget_make_a_model_that_eval_takes(plain, tmp_pat
     out = tmp_path / "out"
     assert main(command(plain, "-o", str(out), "together.walk_epochs=1", "together.block_epochs=1", *SMALL)) == 0
     text = " ".join(caplog.text.split())
-    assert "multiply-adds agreement with dense KL to dense" in text and "reached: 0." in text
+    assert "MACs agree with dense KL to dense patches left" in text and "reached: 0." in text
     reduced = iared2.load_reduced(out)  # its blocks were trained, so the weights are in it
     assert reduced.config.place == "between" and reduced.threshold == 0.5
     labelled = tmp_path / "labelled"
@@ -211,7 +211,7 @@ def test_a_plain_folder_and_a_budget_make_a_model_that_eval_takes(plain, tmp_pat
         ("soon", (), "together.target: budget: got 'soon', wanted a share"),
         ("0.7x", ("together.walk.labels=true", "together.walk_epochs=1"), "together.walk.labels needs labels; give labelled data"),
         ("0.7x", ("data.flip=true",), "together.remember: needs pictures without augmentation"),
-        ("0.7x", ("data.held_out=24",), "cannot take 24 pictures away"),
+        ("0.7x", ("data.held_out=24", "data.held_out_share=1"), "cannot take 24 pictures away"),
     ],
 )
 def test_wrong_requests_end_in_one_line(plain, tmp_path, capsys, target, more, message):
@@ -253,3 +253,16 @@ def test_an_empty_folder_and_weights_that_are_not_numbers_end_in_one_line(plain,
 def test_calibrate_refuses_unclear_wishes(tmp_path, capsys, arguments, message):
     assert main(["calibrate", "--data", str(tmp_path), "-o", str(tmp_path / "o"), *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.untyped
+def test_few_pictures_and_no_classifier_are_enough(plain, tmp_path, caplog):
+    """A fifth is held out of what there is; a tower without classes is rewarded by the cosine of its embeddings."""
+    from safetensors.torch import load_file
+
+    tensors = {name: value for name, value in load_file(plain / "weights.safetensors").items() if not name.startswith("head.")}
+    save_file(tensors, tmp_path / "tower.safetensors")
+    arguments = command(plain, "-o", str(tmp_path / "o"), "data.batch_size=4", "data.views=0", "backbone.arguments.num_classes=0")
+    arguments[arguments.index("--weights") + 1] = str(tmp_path / "tower.safetensors")
+    assert main([*arguments, "together.walk_epochs=1"]) == 0
+    assert "(on 4 pictures)" in " ".join(caplog.text.split())  # of 24

@@ -115,9 +115,9 @@ def _stages(settings: TogetherSettings, model: ReducedTransformer, feeds: Feeds,
 
 def trade_off(outcome: Outcome) -> Iterator[str]:
     """Lines for people: what was reached, and what budgets around it would give."""
-    yield "multiply-adds  agreement with dense  KL to dense  patches left at the end"
+    yield "   MACs   agree with dense   KL to dense   patches left"
     for one in outcome.around:
-        yield f"{one.share:12.3f}x  {one.agreement:18.1f} %  {one.kl:11.4f}  {one.ratios[-1]:23.2f}"
+        yield f"{one.share:6.3f}x   {one.agreement:14.1f} %   {one.kl:11.4f}   {one.ratios[-1]:12.2f}"
     yield f"reached: {outcome.expected.line()}"
 
 

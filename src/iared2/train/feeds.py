@@ -67,10 +67,13 @@ def _in_memory(data: Data, settings: DataSettings, how: Preprocess) -> Data:
 def _hold_out(data: Data, settings: DataSettings, classes: list[str] | None, how: Preprocess) -> tuple[Data | None, Data]:
     """The held-out part and what is left to train on."""
     if settings.held_out:
-        if not isinstance(data, (ImageArrays, LabelledImages)) or settings.held_out >= len(data):
+        if not isinstance(data, (ImageArrays, LabelledImages)):
+            raise ConfigError(f"data.held_out: {settings.train} is a stream, of which nothing can be held out; name data.val instead")
+        count = min(settings.held_out, int(settings.held_out_share * len(data)))
+        if count >= len(data):
             raise ConfigError(f"data.held_out: cannot take {settings.held_out} pictures away from {settings.train}; name data.val instead")
         order = torch.randperm(len(data), generator=generator(0)).tolist()
-        return data.select(sorted(order[: settings.held_out])), data.select(sorted(order[settings.held_out :]))
+        return data.select(sorted(order[:count])) if count else None, data.select(sorted(order[count:]))
     source = settings.val or settings.train or ""
     if source == settings.train and settings.val_split == settings.train_split:
         return None, data

@@ -35,6 +35,7 @@ class DataSettings(Settings):
     val: str | None = Field(None, description="held-out data; None takes `held_out` pictures away from training")
     val_split: str = "val"
     held_out: Whole = Field(0, ge=0, description="pictures taken from the training data to watch the run")
+    held_out_share: Share = Field(1.0, description="at most this share of the training data is held out, however few pictures there are")
     val_subset: Whole | None = Field(1000, gt=0, description="pictures of the held-out data used while training")
     subset: Whole | None = Field(None, gt=0, description="a fixed random subset of the training data")
     batch_size: Whole = Field(32, gt=0, description="per device")
@@ -309,7 +310,9 @@ def budget() -> Recipe:
     return Recipe(
         name="budget",
         backbone=BackboneSettings(model="deit_tiny_patch16_224.fb_in1k"),
-        data=DataSettings(batch_size=32, in_memory=True, labels=False, held_out=200, subset=1000, flip=False, min_scale=1.0, views=3),
+        data=DataSettings(
+            batch_size=32, in_memory=True, labels=False, held_out=200, held_out_share=0.2, subset=1000, flip=False, min_scale=1.0, views=3
+        ),
         together=TogetherSettings(),
         precision="bf16",
         log_every=25,
