@@ -12,6 +12,7 @@ from iared2.model import ReducedTransformer
 from iared2.reducers.base import Reduction
 from iared2.reducers.iared2 import InterpreterReducer
 from iared2.reward import RewardConfig, entropy, log_probability, policy_gradient_loss, reward
+from iared2.runtime import mean_of_all
 from iared2.tokens.packed import Layout, join, split
 from iared2.train.trainer import Task
 from iared2.walk import State
@@ -137,7 +138,7 @@ class InterpreterTask(ScoringTask):
         keep_T = torch.zeros_like(layout.is_patch_T).index_fill(0, sampled.chosen.index_S, True)
         log_p_B = self._per_image(log_probability(chance_T, keep_T), layout)
         entropy_T = entropy(chance_T)[layout.is_patch_T]
-        loss = policy_gradient_loss(log_p_B, reward_B - baseline_B) - self.entropy_bonus * entropy_T.mean()
+        loss = policy_gradient_loss(log_p_B, reward_B - baseline_B) - self.entropy_bonus * mean_of_all(entropy_T)
         return {
             "loss": loss,
             "reward": reward_B.mean(),
