@@ -30,6 +30,7 @@ from iared2.train.checkpoint import refuse_another_recipe
 from iared2.train.dense import DenseTask, held_out_accuracy
 from iared2.train.evaluation import held_out
 from iared2.train.feeds import Feeds, open_feeds
+from iared2.train.gumbel import GumbelTask
 from iared2.train.recipes import DenseSettings, Recipe, ReductionSettings, find_recipe
 from iared2.train.tasks import BlocksTask, InterpreterTask
 from iared2.train.teacher import with_teacher
@@ -96,6 +97,11 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
             refuse_another_recipe(options.output / part, run(options.output / part).fingerprint)
     seed_all(recipe.seed)
     backbone = build_backbone(recipe)
+    if recipe.reduction is not None and recipe.data.labels and getattr(backbone, "num_classes", None) == 0:
+        raise ConfigError(
+            "data.labels: got true, but this backbone has no classifier (num_classes = 0) to be right or wrong; "
+            "set data.labels=false, reduction.reward.target=dense and reduction.block_target=dense"
+        )
     feeds = open_feeds(recipe, backbone, options.workers)
     if accelerator.is_main_process:  # not before all is known to fit: it may replace the record of an earlier run
         (options.output / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n")
@@ -231,6 +237,9 @@ def build_stage(
         ratio, sharpness, blur = settings.warm_start_ratios[plan.group], settings.warm_start_sharpness, settings.warm_start_blur
         task = WarmStartTask(model, plan.group, ratio, sharpness, blur, settings.cache_prefix)
         optim = settings.warm_start_optim
+    elif plan.kind == "interpreter" and settings.interpreter_method == "gumbel":
+        task = GumbelTask(model, plan.group, settings.gumbel, settings.reward.target, settings.cache_prefix)
+        optim = settings.interpreter_optim
     elif plan.kind == "interpreter":
         reward = settings.reward_of(plan.group)
         task = InterpreterTask(model, plan.group, reward, settings.entropy_bonus, settings.cache_prefix, settings.estimator)
