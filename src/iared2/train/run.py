@@ -77,8 +77,11 @@ def run_recipe(
     return 0
 
 
-def train(recipe: Recipe, options: RunOptions) -> Path:
+def train(recipe: Recipe, options: RunOptions, feeds: Feeds | None = None) -> Path:
     """Runs a recipe, resuming where an earlier run of the same recipe in the same folder stopped.
+
+    Args:
+        feeds: batches that are open already, in place of the recipe's data.
 
     Returns:
         The folder of the finished model: `model/` for a reduction, else the run folder with `backbone.safetensors`.
@@ -91,7 +94,7 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
         raise ConfigError(f"recipe {recipe.name}: has neither a dense training nor a reduction; set one of them")
     accelerator = open_accelerator(options.device, recipe.precision)
     _open_folder(options.output)
-    run = partial(_run_settings, recipe)
+    run = partial(run_settings, recipe)
     for part, settings in (("dense", recipe.dense), ("reduction", recipe.reduction), ("together", recipe.together)):
         if settings is not None:
             refuse_another_recipe(options.output / part, run(options.output / part).fingerprint)
@@ -102,7 +105,7 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
             "data.labels: got true, but this backbone has no classifier (num_classes = 0) to be right or wrong; "
             "set data.labels=false, reduction.reward.target=dense and reduction.block_target=dense"
         )
-    feeds = open_feeds(recipe, backbone, options.workers)
+    feeds = feeds or open_feeds(recipe, backbone, options.workers)
     if accelerator.is_main_process:  # not before all is known to fit: it may replace the record of an earlier run
         (options.output / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n")
     if recipe.dense is not None:
@@ -151,7 +154,8 @@ def _open_folder(folder: Path) -> None:
         raise ConfigError(f"output: got {folder}, wanted a folder that can be written to ({error.strerror}); name another") from None
 
 
-def _run_settings(recipe: Recipe, folder: Path) -> RunSettings:
+def run_settings(recipe: Recipe, folder: Path) -> RunSettings:
+    """What the trainer needs to know of a recipe that runs in `folder`."""
     quiet = {"log_every", "checkpoint_every"}
     fingerprint = hashlib.sha256(recipe.model_dump_json(exclude=quiet).encode()).hexdigest()
     return RunSettings(folder, fingerprint, recipe.seed, recipe.checkpoint_every, recipe.log_every)
