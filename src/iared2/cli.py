@@ -355,6 +355,33 @@ def _list_recipes() -> int:
     return 0
 
 
+# ---- reproduce ------------------------------------------------------------------------------------------------
+
+
+@app.command
+def reproduce(
+    table: Annotated[str, Parameter(help="table6, table7, table8, groups, gumbel or variance.")],
+    *,
+    data: Annotated[Path, Parameter(name=["--data", "-d"], help="Tiny-ImageNet-200 (small), or ImageNet-1k (paper).")],
+    output: Annotated[Path, Parameter(name=["--output", "-o"], help="Folder for tables and runs; finished runs there are kept.")] = Path(
+        "runs/reproduce"
+    ),
+    scale: Annotated[Literal["small", "paper"], Parameter(help="What two CPU cores manage, or the paper's.")] = "small",
+    seeds: Annotated[int, Parameter(help="How many seeds, from 0 on.")] = 1,
+    images: Annotated[int, Parameter(help="Training pictures (small scale): a fixed random subset.")] = 5000,
+    val_images: Annotated[int | None, Parameter(help="Validation pictures, a fixed random subset. Default: all.")] = None,
+    common: Common = _COMMON,
+) -> int:
+    """Make a table of the paper again, the paper's numbers beside ours.
+
+    Writes OUT/TABLE.json, OUT/TABLE.md and OUT/TABLE.png.
+    """
+    from iared2.reproduce.bench import Bench
+    from iared2.reproduce.command import run_reproduction
+
+    return run_reproduction(table, Bench(data, output, scale, images, val_images, seeds, common.device, common.workers))
+
+
 # ---- errors, in one place -------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from iared2.handover import OnDrop
 from iared2.interpreter import InterpreterConfig
 from iared2.reward import EstimatorConfig, RewardConfig
 from iared2.settings import Settings, explain_validation, unknown_key
+from iared2.train.gumbel_settings import GumbelSettings
 from iared2.train.optim import OptimSettings, Whole
 from iared2.train.overrides import parse_overrides, put
 from iared2.train.together_settings import TogetherSettings
@@ -76,6 +77,8 @@ class ReductionSettings(Settings):
     reward: RewardConfig = RewardConfig()
     error_penalties: tuple[float, ...] = Field((), description="tau of each group; empty takes reward.error_penalty everywhere")
     estimator: EstimatorConfig = EstimatorConfig()
+    interpreter_method: Literal["reinforce", "gumbel"] = Field("reinforce", description="appendix D compares the two")
+    gumbel: GumbelSettings = GumbelSettings()
     on_drop: OnDrop = "discard"
     interpreter_epochs: Whole = Field(10, ge=0)
     block_epochs: Whole = Field(20, ge=0, description="0 trains interpreters only")
@@ -105,6 +108,14 @@ class ReductionSettings(Settings):
         if not self.error_penalties:
             return self.reward
         return self.reward.model_copy(update={"error_penalty": self.error_penalties[group]})
+
+    @model_validator(mode="after")
+    def _gumbel_masks_what_is_discarded(self) -> "ReductionSettings":
+        if self.interpreter_method == "gumbel" and self.on_drop != "discard":
+            raise ValueError(
+                f"interpreter_method: got 'gumbel' with on_drop={self.on_drop!r}, but its masked pass discards; set on_drop=discard"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> "ReductionSettings":

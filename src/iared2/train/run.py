@@ -31,6 +31,7 @@ from iared2.train.checkpoint import refuse_another_recipe
 from iared2.train.dense import DenseTask, held_out_accuracy
 from iared2.train.evaluation import held_out
 from iared2.train.feeds import Feeds, open_feeds
+from iared2.train.gumbel import GumbelTask
 from iared2.train.recipes import DenseSettings, Recipe, ReductionSettings, find_recipe
 from iared2.train.tasks import BlocksTask, InterpreterTask
 from iared2.train.teacher import with_teacher
@@ -77,8 +78,11 @@ def run_recipe(
     return 0
 
 
-def train(recipe: Recipe, options: RunOptions) -> Path:
+def train(recipe: Recipe, options: RunOptions, feeds: Feeds | None = None) -> Path:
     """Runs a recipe, resuming where an earlier run of the same recipe in the same folder stopped.
+
+    Args:
+        feeds: batches that are open already, in place of the recipe's data.
 
     Returns:
         The folder of the finished model: `model/` for a reduction, else the run folder with `backbone.safetensors`.
@@ -91,13 +95,18 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
         raise ConfigError(f"recipe {recipe.name}: has neither a dense training nor a reduction; set one of them")
     accelerator = open_accelerator(options.device, recipe.precision)
     _open_folder(options.output)
-    run = partial(_run_settings, recipe)
+    run = partial(run_settings, recipe)
     for part, settings in (("dense", recipe.dense), ("reduction", recipe.reduction), ("together", recipe.together)):
         if settings is not None:
             refuse_another_recipe(options.output / part, run(options.output / part).fingerprint)
     seed_all(recipe.seed)
     backbone = build_backbone(recipe)
-    feeds = open_feeds(recipe, backbone, options.workers)
+    if recipe.reduction is not None and recipe.data.labels and getattr(backbone, "num_classes", None) == 0:
+        raise ConfigError(
+            "data.labels: got true, but this backbone has no classifier (num_classes = 0) to be right or wrong; "
+            "set data.labels=false, reduction.reward.target=dense and reduction.block_target=dense"
+        )
+    feeds = feeds or open_feeds(recipe, backbone, options.workers)
     if accelerator.is_main_process:  # not before all is known to fit: it may replace the record of an earlier run
         (options.output / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n")
     if recipe.dense is not None:
@@ -148,7 +157,8 @@ def _open_folder(folder: Path) -> None:
         raise ConfigError(f"output: got {folder}, wanted a folder that can be written to ({error.strerror}); name another") from None
 
 
-def _run_settings(recipe: Recipe, folder: Path) -> RunSettings:
+def run_settings(recipe: Recipe, folder: Path) -> RunSettings:
+    """What the trainer needs to know of a recipe that runs in `folder`."""
     quiet = {"log_every", "checkpoint_every"}
     fingerprint = hashlib.sha256(recipe.model_dump_json(exclude=quiet).encode()).hexdigest()
     return RunSettings(folder, fingerprint, recipe.seed, recipe.checkpoint_every, recipe.log_every)
@@ -235,6 +245,9 @@ def build_stage(
         ratio, sharpness, blur = settings.warm_start_ratios[plan.group], settings.warm_start_sharpness, settings.warm_start_blur
         task = WarmStartTask(model, plan.group, ratio, sharpness, blur, settings.cache_prefix)
         optim = settings.warm_start_optim
+    elif plan.kind == "interpreter" and settings.interpreter_method == "gumbel":
+        task = GumbelTask(model, plan.group, settings.gumbel, settings.reward.target, settings.cache_prefix)
+        optim = settings.interpreter_optim
     elif plan.kind == "interpreter":
         reward = settings.reward_of(plan.group)
         task = InterpreterTask(model, plan.group, reward, settings.entropy_bonus, settings.cache_prefix, settings.estimator)

@@ -72,6 +72,15 @@ class GroupTask(Task):
             self._goals.update(zip(indices, found, strict=True))
         return found
 
+    def needs_classifier(self, setting: str) -> None:
+        """Says in one line that labels cannot be asked of an embedding.
+
+        Raises:
+            ConfigError: the model has no classifier.
+        """
+        if not self.model.num_classes:
+            raise ConfigError(f"{setting}: got label, but this model has no classifier; set {setting}=dense")
+
     @staticmethod
     def finite(score_T: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """An interpreter's scores as they are.
@@ -131,8 +140,8 @@ class InterpreterTask(ScoringTask):
         estimator: EstimatorConfig | None = None,
     ) -> None:
         super().__init__(model, group, cache)
-        if config.target == "label" and not model.num_classes:
-            raise ConfigError("reward.target: got label, but this model has no classifier; set reward.target=dense")
+        if config.target == "label":
+            self.needs_classifier("reward.target")
         self.config, self.entropy_bonus, self.estimator = config, entropy_bonus, estimator or EstimatorConfig()
 
     def look_back(self, batch: dict[str, Tensor]) -> None:
@@ -191,6 +200,8 @@ class BlocksTask(GroupTask):
 
     def __init__(self, model: ReducedTransformer, group: int, train_head: bool, teacher: nn.Module | None = None) -> None:
         super().__init__(model, group)
+        if teacher is None:
+            self.needs_classifier("block_target")
         self.train_head = train_head
         self._teacher = (teacher,)  # in a tuple: no part of this module, and so neither trained nor saved
 
@@ -219,13 +230,19 @@ class BlocksTask(GroupTask):
             loss = F.cross_entropy(logits, batch["labels"])
         else:
             with torch.no_grad():
-                teacher = dense(batch["images"]).float().log_softmax(1)
-            loss = F.kl_div(logits.log_softmax(1), teacher, reduction="batchmean", log_target=True)
-        return {
-            "loss": loss,
-            "accuracy": (logits.argmax(1) == batch["labels"]).float().mean(),
-            "keep_ratio": reduction.kept_B.float().mean() / reduction.before.places,
-        }
+                goal = dense(batch["images"]).float()
+            loss = distance(logits, goal, self.model.num_classes)
+        logs = {"loss": loss, "keep_ratio": reduction.kept_B.float().mean() / reduction.before.places}
+        if self.model.num_classes:
+            logs["accuracy"] = (logits.argmax(1) == batch["labels"]).float().mean()
+        return logs
+
+
+def distance(logits: Float[Tensor, "B classes"], goal: Float[Tensor, "B classes"], classes: int) -> Float[Tensor, ""]:
+    """How far answers are from another model's: KL(goal || logits) in nats, mean over images; 1 - cosine without a classifier."""
+    if not classes:
+        return 1 - F.cosine_similarity(logits, goal, dim=1).mean()
+    return F.kl_div(logits.log_softmax(1), goal.log_softmax(1), reduction="batchmean", log_target=True)
 
 
 def split_state(state: State) -> list[State]:

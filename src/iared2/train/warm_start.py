@@ -18,6 +18,7 @@ from iared2.keep import share_of
 from iared2.model import ReducedTransformer
 from iared2.runtime import mean_of_all, mean_over_ranks
 from iared2.tokens.packed import join, scatter_places
+from iared2.train.evidence import gain_of
 from iared2.train.tasks import GroupTask, ScoringTask
 from iared2.train.trainer import Batches
 from iared2.walk import State
@@ -117,5 +118,5 @@ def mass_evidence(task: GroupTask, state: State) -> Float[Tensor, " T"]:
             weighted = replace(state, tokens=replace(state.tokens, mass_T=leaves[-1]))
             state = model.run_block(weighted, block)
             state = replace(state, tokens=replace(state.tokens, mass_T=mass_T))
-        gain = model.adapter.head(state.tokens).float().log_softmax(1).amax(1).sum()
+        gain = gain_of(model.adapter.head(state.tokens).float(), model.num_classes).sum()
         return torch.stack([g.abs() for g in torch.autograd.grad(gain, leaves)]).sum(0)

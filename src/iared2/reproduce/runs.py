@@ -1,0 +1,189 @@
+"""One configuration and one seed: trained once, measured once, remembered in OUT/runs."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from iared2 import cost
+from iared2.data.arrays import ImageArrays, plain_batch
+from iared2.errors import ConfigError, DataError
+from iared2.evaluate.boxes import inside
+from iared2.evaluate.calibrate import Calibrator
+from iared2.model import ReducedTransformer, reduce
+from iared2.reducers.baselines import RandomReducer, with_reducers
+from iared2.reproduce.bench import Bench
+from iared2.runtime import pick_device, precision
+from iared2.saving import load_reduced
+from iared2.tokens.grid import to_pixels
+from iared2.train.recipes import Recipe
+from iared2.train.run import RunOptions, build_backbone, open_accelerator, run_settings, train
+from iared2.train.tasks import BlocksTask
+from iared2.train.trainer import Stage, Trainer
+
+logger = logging.getLogger("iared2.reproduce")
+
+Row = dict[str, Any]
+CALIBRATED_ON = 64  # training pictures on which thresholds for a budget are chosen
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What is trained, and where its thresholds lie when it is measured.
+
+    Attributes:
+        name: for people.
+        changes: fields of the recipe, by dotted path.
+        kind: the curriculum; the dense model as it is; random dropping at the input with fine-tuning as long (Tables 2 and 6).
+        threshold: one for all groups, in place of 0.5, without training again.
+        budget: share of the dense multiply-adds that thresholds are chosen for, after training.
+        base: DeiT-B at the paper's scale.
+    """
+
+    name: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    kind: Literal["curriculum", "dense", "random"] = "curriculum"
+    threshold: float | None = None
+    budget: float | None = None
+    base: bool = False
+
+    def at(self, threshold: float) -> "Configuration":
+        """The same model at another threshold."""
+        return replace(self, name=f"threshold {threshold:g}", threshold=threshold)
+
+
+def figures(bench: Bench, what: Configuration, seed: int) -> Row:
+    """The figures of one run; trained and measured only if OUT/runs does not know them yet.
+
+    Returns:
+        top1 (percent), correct (one digit per picture), macs_share, keep_ratio (per group), inside and outside_in (percent of the
+        second group's map, and of its reverse, within boxes; None where there are none), seconds, and what was run.
+    """
+    recipe = bench.recipe(what.changes, seed, what.base)
+    folder = bench.output / "runs" / f"{what.kind}-{_digest(recipe)}-{seed}"
+    path = folder / f"figures-{_digest(what.threshold, what.budget, bench.val_images)}.json"
+    known = read_json(path)
+    if known is not None:
+        return {**known, "name": what.name}
+    start = time.perf_counter()
+    device = pick_device(bench.device)
+    model = _model(bench, what, recipe, folder)
+    with precision(device, "bfloat16" if recipe.precision == "bf16" else "float32"):
+        met = what.budget is None or _meet(model, bench, recipe, what.budget)
+        found = measure(model, bench.held_out(recipe, model.backbone), bench.pictures[1])
+    row: Row = {"name": what.name, "seed": seed, **found, "budget_met": met, "seconds": round(time.perf_counter() - start, 1)}
+    row |= {"changes": dict(what.changes), "kind": what.kind, "threshold": what.threshold, "budget": what.budget}
+    write_json(path, row)
+    logger.info(
+        "%s, seed %d: top-1 %.2f %% at %.3fx of the multiply-adds, %.0f s", what.name, seed, row["top1"], row["macs_share"], row["seconds"]
+    )
+    return row
+
+
+def _model(bench: Bench, what: Configuration, recipe: Recipe, folder: Path) -> ReducedTransformer:
+    """The model to measure, trained as far as it was not."""
+    device = pick_device(bench.device)
+    if what.kind == "dense":
+        model = reduce(build_backbone(recipe), (0,)).to(device)
+        model.threshold = -1
+        return model
+    if what.kind == "random":
+        return _random(bench, recipe, folder)
+    if not (folder / "model" / "config.json").is_file():
+        train(recipe, RunOptions(folder, bench.device, bench.workers), bench.feeds(recipe, build_backbone(recipe)))
+    # Blocks that were not trained are not saved: then the weights are where they were.
+    weights = None if (folder / "model" / "backbone.safetensors").is_file() else recipe.backbone.weights
+    model = load_reduced(folder / "model", weights=weights, device=device)
+    if what.threshold is not None:
+        model.threshold = what.threshold
+    return model
+
+
+def _random(bench: Bench, recipe: Recipe, folder: Path) -> ReducedTransformer:
+    """30 % of the patches dropped at random at the input, blocks fine-tuned for as many epochs as the curriculum's."""
+    settings = recipe.reduction
+    if settings is None:
+        raise ConfigError("the random baseline is fine-tuned as a reduction's blocks are; this recipe has none")
+    backbone = build_backbone(recipe)
+    dense = build_backbone(recipe).eval().requires_grad_(False) if settings.block_target == "dense" else None
+    accelerator = open_accelerator(bench.device, recipe.precision)
+    model = reduce(backbone, (0,))
+    with_reducers(model, [RandomReducer(0.7, seed=recipe.seed)])
+    model = model.to(accelerator.device)
+    groups = settings.groups if isinstance(settings.groups, int) else len(settings.groups)
+    task = BlocksTask(model, 0, settings.train_head, None if dense is None else dense.to(accelerator.device))
+    stage = Stage("random", task, bench.feeds(recipe, backbone).train, groups * settings.block_epochs, settings.block_optim)
+    Trainer(model, run_settings(recipe, folder), accelerator).fit([stage])
+    return model.eval()
+
+
+def _meet(model: ReducedTransformer, bench: Bench, recipe: Recipe, budget: float) -> bool:
+    """Chooses thresholds for a budget on training pictures; False where the reductions of this model cannot get there."""
+    data = bench.pictures[0]
+    if not isinstance(data, ImageArrays):
+        raise DataError(f"{bench.data}: thresholds for a budget are chosen on pictures in memory; this table needs --scale small")
+    device = next(model.parameters()).device
+    images = plain_batch(data.pixels[:CALIBRATED_ON], bench.how(recipe, model.backbone)).to(device)
+    try:
+        Calibrator(model, [images]).to_share(budget)
+    except ConfigError as error:
+        logger.warning("%s", error)
+        return False
+    return True
+
+
+@torch.inference_mode()
+def measure(model: ReducedTransformer, batches: Any, data: Any) -> Row:
+    """Top-1, cost, what is kept, and how much of the second group's map (or of its reverse) lies within ground-truth boxes."""
+    model.eval()
+    device, boxes = next(model.parameters()).device, getattr(data, "boxes", None)
+    correct: list[int] = []
+    macs, kept, shares = 0.0, torch.zeros(len(model.reducers), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    dense = 0
+    for batch in batches.epoch(0):
+        images = batch["images"].to(device)
+        logits, trace = model.trace(images)
+        correct += (logits.argmax(1).cpu() == batch["labels"]).int().tolist()
+        dense = cost.dense_macs(model.adapter, images.shape[-2], images.shape[-1])
+        macs += sum(trace.macs)
+        kept += trace.keep_ratio.sum(0).cpu().double()
+        if boxes is not None:
+            maps = to_pixels(trace.cpu().heatmap(min(1, trace.groups - 1)).float(), tuple(data.pixels.shape[1:3]))
+            box_B4 = boxes[batch["indices"]]
+            shares += torch.stack([inside(m, box_B4).double().sum() for m in (maps, 1 - maps, torch.ones_like(maps))])
+    if not correct:
+        raise DataError("there is no readable validation picture")
+    count = len(correct)
+    row: Row = {"top1": 100 * sum(correct) / count, "correct": "".join(map(str, correct)), "macs_share": macs / count / dense}
+    row |= {"keep_ratio": [round(value / count, 4) for value in kept.tolist()], "pictures": count}
+    names = ("inside", "reverse_inside", "uniform_inside")
+    return row | {name: None if boxes is None else 100 * value / count for name, value in zip(names, shares.tolist(), strict=True)}
+
+
+def _digest(*parts: Any) -> str:
+    """Ten digits that name settings; a recipe counts without what does not change its result."""
+    quiet = {"log_every", "checkpoint_every"}
+    text = "|".join(part.model_dump_json(exclude=quiet) if isinstance(part, Recipe) else repr(part) for part in parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content, or None where there is none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written beside and renamed, so that a kill leaves no half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    beside.replace(path)

@@ -1,0 +1,226 @@
+"""How noisy estimators of the policy gradient are, and what reward a forward pass buys with each. Not in the paper.
+
+The middle group's interpreter, as it stands before REINFORCE, on fixed pictures. A forward pass is one from the group's block to
+the end: the frozen prefix is shared, and the greedy baseline costs one pass more.
+"""
+
+import copy
+import logging
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from iared2.keep import Threshold
+from iared2.model import reduce
+from iared2.reproduce.bench import Bench
+from iared2.reproduce.intervals import half_width
+from iared2.reproduce.runs import Row, read_json, write_json
+from iared2.reproduce.write import command, machine_words, setting
+from iared2.reward import EstimatorConfig
+from iared2.runtime import pick_device, precision
+from iared2.seeds import seed_all
+from iared2.train.optim import OptimSettings, build_optimizer, schedule_factor, set_rate
+from iared2.train.recipes import Recipe, ReductionSettings
+from iared2.train.run import build_backbone
+from iared2.train.tasks import InterpreterTask
+from iared2.train.warm_start import WarmStartTask
+
+logger = logging.getLogger("iared2.reproduce")
+
+GROUP = 1  # counted from 0: the one whose maps the paper shows
+DRAWS = 12  # gradients per estimator, on one batch
+PASSES = 96  # forward passes per picture of the batch that learning may use
+PICTURES = 96  # at most this many pictures to learn on, each seen several times
+
+
+def estimators() -> list[tuple[str, EstimatorConfig]]:
+    """The paper's, and leave-one-out with 2, 4 and 8 samples; each with and without normalised advantages."""
+    kinds = [("greedy, K=1", "greedy", 1)] + [(f"leave-one-out, K={k}", "leave_one_out", k) for k in (2, 4, 8)]
+    return [
+        (
+            name + (", normalised" if normal else ""),
+            EstimatorConfig.model_validate({"samples": k, "baseline": kind, "normalise_advantage": normal}),
+        )
+        for normal in (False, True)
+        for name, kind, k in kinds
+    ]
+
+
+def passes(config: EstimatorConfig) -> int:
+    """Forward passes behind the prefix per step."""
+    return config.samples + (config.baseline == "greedy")
+
+
+def run_variance(bench: Bench) -> int:
+    """Measures every estimator with every seed, and writes OUT/variance.json, .md and .png."""
+    rows: list[Row] = []
+    for seed in range(bench.seeds):
+        path = bench.output / "runs" / f"variance-{bench.scale}-{bench.images}-{seed}.json"
+        known = read_json(path)
+        if known is None:
+            start = time.perf_counter()
+            known = _study(bench, seed)
+            write_json(path, known)
+            logger.info("variance, seed %d: %d estimators, %.0f s", seed, len(known), time.perf_counter() - start)
+        rows += known
+        _write(rows, bench)
+    return 0
+
+
+def _study(bench: Bench, seed: int) -> list[Row]:
+    recipe = bench.recipe({}, seed)
+    settings = recipe.reduction or ReductionSettings()
+    device = pick_device(bench.device)
+    with precision(device, "bfloat16" if recipe.precision == "bf16" else "float32"):
+        task, batches = _prepared(bench, recipe, device)
+        start = copy.deepcopy(task.reducer.state_dict())
+        rows = [{"name": name, "seed": seed, "passes": passes(config)} for name, config in estimators()]
+        for row, found in zip(rows, _noise(task, batches[0], seed), strict=True):
+            row.update(found)
+        for row, (_, config) in zip(rows, estimators(), strict=True):
+            task.reducer.load_state_dict(start)
+            row.update(_learn(task, batches, config, settings.interpreter_optim, seed))
+    return rows
+
+
+def _prepared(bench: Bench, recipe: Recipe, device: torch.device) -> tuple[InterpreterTask, list[dict[str, Tensor]]]:
+    """The task with its interpreter at the share that imitation would aim at, and fixed batches of it."""
+    settings = recipe.reduction or ReductionSettings()
+    seed_all(recipe.seed)
+    backbone = build_backbone(recipe)
+    model = reduce(backbone, settings.groups, interpreter=settings.interpreter, on_drop=settings.on_drop).to(device).eval()
+    for group in range(GROUP):
+        model.reducers[group].rule = Threshold(-1.0)
+    feed = bench.feeds(recipe, backbone).train
+    if settings.warm_start_ratios:
+        WarmStartTask(model, GROUP, settings.warm_start_ratios[GROUP], settings.warm_start_sharpness).first_look(feed)
+    task = InterpreterTask(model, GROUP, settings.reward_of(GROUP), settings.entropy_bonus, True)
+    task.begin()
+    batches = []
+    for batch in feed.epoch(0):
+        batches.append({name: value.to(device) for name, value in batch.items()})
+        if len(batches) * recipe.data.batch_size >= PICTURES:
+            break
+    return task, batches
+
+
+def _noise(task: InterpreterTask, batch: dict[str, Tensor], seed: int) -> list[Row]:
+    """Spread of each estimator's gradient over `DRAWS` draws.
+
+    Returns:
+        For each estimator: variance (summed over parameters), and the mean cosine to the mean of the other draws of the eight-sample
+        estimator, which also compares estimators of other lengths.
+    """
+    gradients = []
+    for _, config in estimators():
+        task.estimator = config
+        draws = []
+        for draw in range(DRAWS):
+            seed_all(seed, draw, config.samples)
+            draws.append(_gradient(task, batch))
+        gradients.append(torch.stack(draws))
+    best = gradients[[name for name, _ in estimators()].index("leave-one-out, K=8")]
+    rows = []
+    for found in gradients:
+        others = (best.sum(0) - best) / (DRAWS - 1)
+        cosine = torch.nn.functional.cosine_similarity(found, others, dim=1).mean()
+        rows.append({"variance": float(found.var(0).sum()), "cosine": float(cosine)})
+    return rows
+
+
+def _gradient(task: InterpreterTask, batch: dict[str, Tensor]) -> Float[Tensor, " P"]:
+    parameters = [value for value in task.reducer.parameters() if value.requires_grad]
+    found = torch.autograd.grad(task(batch)["loss"], parameters, allow_unused=True)
+    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)]).double()
+
+
+def _learn(task: InterpreterTask, batches: Sequence[dict[str, Tensor]], config: EstimatorConfig, optim: OptimSettings, seed: int) -> Row:
+    """Greedy reward before and after learning for `PASSES` forward passes, and the sampled reward on the way."""
+    before = _greedy_reward(task, batches)
+    task.estimator = config
+    optimizer = build_optimizer(task, optim, len(batches[0]["labels"]))
+    steps, curve = PASSES // passes(config), []
+    for step in range(steps):
+        set_rate(optimizer.param_groups, schedule_factor(optim, step, steps))
+        seed_all(seed, 1, step)
+        logs = task(batches[step % len(batches)])
+        logs["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(task.reducer.parameters(), optim.clip_norm or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(((step + 1) * passes(config), float(logs["reward"])))
+    return {"reward_before": before, "reward_after": _greedy_reward(task, batches), "curve": curve}
+
+
+@torch.no_grad()
+def _greedy_reward(task: InterpreterTask, batches: Sequence[dict[str, Tensor]]) -> float:
+    task.estimator = EstimatorConfig()
+    seed_all(0)
+    return statistics.mean(float(task(batch)["baseline"]) for batch in batches)
+
+
+def _write(rows: list[Row], bench: Bench) -> None:
+    write_json(bench.output / "variance.json", {"command": command("variance", bench), **setting(bench), "rows": rows})
+    out = ["# Variance of the policy gradient, and reward per forward pass", "", f"    {command('variance', bench)}", ""]
+    head = [
+        "estimator",
+        "passes per step",
+        "variance",
+        "variance x passes",
+        "cosine to the mean gradient",
+        "reward before",
+        "after",
+        "seeds",
+    ]
+    out += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, _ in estimators():
+        mine = [row for row in rows if row["name"] == name]
+        costly = [{**row, "costly": row["variance"] * row["passes"]} for row in mine]
+        cells = [name, str(mine[0]["passes"]), _cell(mine, "variance"), _cell(costly, "costly")]
+        cells += [_cell(mine, "cosine"), _cell(mine, "reward_before"), _cell(mine, "reward_after"), str(len(mine))]
+        out.append("| " + " | ".join(cells) + " |")
+    out += ["", f"{bench.images} training pictures, of which at most {PICTURES} are learnt on; {DRAWS} gradients per estimator and seed on"]
+    out += [f"one batch; learning with {PASSES} forward passes per batch for every estimator; {machine_words(bench)}. ± is the half-width"]
+    out += [
+        "of the 95 % interval over seeds. Variances of normalised estimators are those of longer or shorter gradients: compare cosines."
+    ]
+    (bench.output / "variance.md").write_text("\n".join(out) + "\n")
+    _plot(rows, bench)
+
+
+def _cell(rows: Sequence[Row], key: str) -> str:
+    half = half_width([row[key] for row in rows])
+    return f"{statistics.mean(row[key] for row in rows):.3g}" + ("" if half is None else f" ± {half:.2g}")
+
+
+def _plot(rows: list[Row], bench: Bench) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    made: Any = plt.subplots(1, 2, figsize=(9, 4), dpi=90)
+    canvas, (left, right) = made
+    for number, (name, config) in enumerate(estimators()):
+        mine, style = [row for row in rows if row["name"] == name], "--" if config.normalise_advantage else "-"
+        colour = f"C{number % 4}"
+        left.scatter(statistics.mean(r["cosine"] for r in mine), statistics.mean(r["reward_after"] for r in mine), color=colour,
+                     marker="x" if style == "--" else "o", label=name)  # fmt: skip
+        curve = [(points[0][0], statistics.mean(y for _, y in points)) for points in zip(*(r["curve"] for r in mine), strict=True)]
+        smooth = [(curve[i][0], statistics.mean(y for _, y in curve[max(0, i - 5) : i + 1])) for i in range(len(curve))]
+        right.plot(*zip(*smooth, strict=True), style, color=colour)
+    left.set_xlabel("cosine of one gradient to the mean gradient")
+    left.set_ylabel("greedy reward after learning")
+    right.set_xlabel("forward passes per picture of the batch")
+    right.set_ylabel("sampled reward (mean of 6 steps)")
+    left.legend(fontsize=6)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    canvas.tight_layout()
+    canvas.savefig(bench.output / "variance.png")
+    plt.close(canvas)
