@@ -14,6 +14,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
@@ -105,6 +106,11 @@ def test_the_named_gpu_becomes_the_current_one_and_accelerate_must_agree(monkeyp
     with pytest.raises(ConfigError, match="got 'cuda:1', but Accelerate is set to cpu"):
         run_module.open_accelerator("cuda:1", "no")
     assert chosen == [torch.device("cuda:1")]
+
+
+def test_sharded_weights_are_refused_before_a_checkpoint_of_one_part_is_written(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _: DistributedType.FSDP))
+    refused(train("--device", "cpu"), "accelerate: got FSDP", "unset ACCELERATE_USE_FSDP")
 
 
 def test_fp16_on_a_cpu_is_refused(train) -> None:

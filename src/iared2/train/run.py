@@ -15,7 +15,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from safetensors.torch import save_file
 from torch import nn
 
@@ -42,6 +42,7 @@ from iared2.train.warm_start import WarmStartTask
 logger = logging.getLogger("iared2.train")
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # a dtype on the command line, and what recipes call it
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,9 @@ def open_accelerator(device: str, precision: str) -> Accelerator:
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"precision: got {precision!r} on {place.type}, which cannot be had ({reason}); try --dtype float32") from None
+    if accelerator.distributed_type in _SHARDED:  # a checkpoint would hold the main process's part of the weights, without a word
+        got, wanted = accelerator.distributed_type.value, "one process, or several that each hold the whole model"
+        raise ConfigError(f"accelerate: got {got}, which cannot be resumed here, wanted {wanted}; unset ACCELERATE_USE_{got}")
     if accelerator.device.type != place.type:
         raise ConfigError(f"device: got {device!r}, but Accelerate is set to {accelerator.device.type}; look at its ACCELERATE_* variables")
     return accelerator
