@@ -3,6 +3,7 @@
 import io
 import random
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from iared2.data import streams
 from iared2.data.arrays import ArrayBatches, Preprocess
 from iared2.data.batches import FileBatches, make_batches, to_arrays
 from iared2.data.images import LabelledImages
@@ -212,6 +214,48 @@ def test_streamed_batches(shards, train):
     together = torch.cat([torch.cat([b["labels"] for b in rank]) for rank in ranks])
     assert len(together) == (12 if train else 11)
     assert set(batches.skipped) == {"k004"}
+
+
+def write_shards(folder: Path, sizes: list[int]) -> None:
+    """Shards of the given sizes; sample i is of class i."""
+    for shard, size in enumerate(sizes):
+        with tarfile.open(folder / f"y-{shard:04d}.tar", "w") as archive:
+            for key in range(sum(sizes[:shard]), sum(sizes[:shard]) + size):
+                for extension, raw in {"png": encoded(key), "cls": str(key).encode()}.items():
+                    entry = tarfile.TarInfo(f"k{key:03d}.{extension}")
+                    entry.size = len(raw)
+                    archive.addfile(entry, io.BytesIO(raw))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [[13], [4, 5], [3, 3, 7], [1, 1, 9, 2, 4], [2, 0, 5, 1, 1, 1, 2]], ids=len)
+def test_ranks_share_out_every_sample_once(tmp_path, monkeypatch, sizes, world, train):
+    """In a process group, which timm's readers heed by themselves, and for shards that do not divide evenly."""
+    pytest.importorskip("webdataset")
+    write_shards(tmp_path, sizes)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: world)
+    opened, begin = [], streams.create_reader
+    monkeypatch.setattr(streams, "create_reader", lambda *args, **kwargs: opened.append(kwargs["split"]) or begin(*args, **kwargs))
+    shares, seen = [], {0: [], 1: []}
+    for rank in range(world):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda *_, rank=rank: rank)
+        batches = make_batches(open_data(f"wds/{tmp_path}"), HOW, 1, 1, train)
+        assert batches.steps(world) == (sum(sizes) // world if train else -(-sum(sizes) // world))
+        shares.append([key for _, (key, _, _) in batches.images.share(rank, world)])
+        for epoch, labels in seen.items():
+            found = list(batches.epoch(epoch, 0, rank, world))
+            labels += [int(batch["labels"]) for batch in found]
+            assert [int(batch["indices"]) for batch in found] == [int(batch["labels"]) for batch in found]
+    assert sorted(key for share in shares for key in share) == [f"k{i:03d}" for i in range(sum(sizes))]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    for labels in seen.values():  # training leaves out what does not fill a step of every rank
+        assert len(set(labels)) == len(labels) == (sum(sizes) // world * world if train else sum(sizes))
+    if world == 3 and len(sizes) == 5:
+        assert all(split.count("::") < 4 for split in opened), "a rank opens its own shards only"
+    if train and sum(sizes) > 2:
+        assert seen[0] != seen[1]
 
 
 def test_shards_that_are_not_there(tmp_path):

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,6 +26,7 @@ from iared2.errors import ConfigError, DataError, IARED2Error
 from iared2.report.screen import complain, progress, screen, tell
 
 if TYPE_CHECKING:
+    from iared2.data.cluster import Cluster
     from iared2.model import ReducedTransformer
 
 NOTHING_DONE, DEFECT, INTERRUPTED = 2, 70, 130
@@ -82,6 +84,31 @@ class TrainCommon(Common):
 _TRAIN_COMMON = TrainCommon()
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class OnRay:
+    """Options of commands that can share their files out to a cluster."""
+
+    ray: Annotated[
+        bool, Parameter(negative="", help="Share the work out to a Ray cluster; finished shards are kept and not done again.")
+    ] = False
+    ray_address: Annotated[
+        str | None, Parameter(help="A running cluster: auto, HOST:PORT or ray://HOST:10001. Default: one on this machine.")
+    ] = None
+
+    def cluster(self, device: str) -> "Cluster | None":
+        """Where to work; None: here."""
+        if not self.ray and self.ray_address is None:
+            return None
+        from iared2.data.cluster import Cluster
+        from iared2.runtime import pick_device
+
+        return Cluster(self.ray_address, gpus=float(pick_device(device).type == "cuda"))
+
+
+_ON_RAY = OnRay()
+
+
 # ---- explain --------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +130,7 @@ def explain(
     weights: WeightsOption = None,
     threshold: Threshold = None,
     on_drop: OnDropOption = None,
+    on_ray: OnRay = _ON_RAY,
     common: Common = _COMMON,
 ) -> int:
     """Show what the model looked at in photos, and what it dropped group by group.
@@ -120,9 +148,14 @@ def explain(
         raise DataError("; ".join(failure.reason for failure in failed) or nothing)
     open_folder(output)
     seed_all(common.seed or 0)
-    loaded = _load(model, weights, threshold, on_drop, common.device)
     settings = GallerySettings(model, common.device, common.dtype, common.batch_size or 16, common.workers, common.seed or 0)
-    gallery = Gallery(loaded, output, settings)
+    load = partial(_load, model, weights, threshold, on_drop, common.device)
+    cluster = on_ray.cluster(common.device)
+    if cluster is not None:
+        from iared2.report.sharded import explain_sharded
+
+        return tell(explain_sharded(load, paths, failed, (output, settings, cluster)), output, len(paths))
+    gallery = Gallery(load(), output, settings)
     with progress() as bar:
         task = bar.add_task("explaining", total=len(paths))
         outcome = gallery.run(paths, lambda _: bar.advance(task), failed)
@@ -228,6 +261,7 @@ def evaluate(
     on_drop: OnDropOption = None,
     json_file: Annotated[Path | None, Parameter(name="--json", help="Also write the table as JSON.")] = None,
     limit: Annotated[int | None, Parameter(help="Use only this many images.")] = None,
+    on_ray: OnRay = _ON_RAY,
     common: Common = _COMMON,
 ) -> int:
     """Measure accuracy, kept patches, MACs and speed, with the dense backbone beside it."""
@@ -246,6 +280,7 @@ def evaluate(
         workers=common.workers,
         seed=common.seed or 0,
         limit=limit,
+        cluster=on_ray.cluster(common.device),
     )
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from iared2.errors import ConfigError
+from iared2.seeds import uniform_per_image
 from iared2.tokens.packed import Layout, Selection, select, select_places
 
 
@@ -91,7 +92,7 @@ class Sampled:
     spare_best: bool = False
 
     def __call__(self, score_T: Float[Tensor, " T"], layout: Layout) -> Selection:
-        return select(_with_prefix(torch.bernoulli(score_T.detach()) > 0, score_T, layout, self.spare_best), layout)
+        return select(_with_prefix(_drawn(score_T.detach(), layout), score_T, layout, self.spare_best), layout)
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,14 @@ class Given:
 def share_of(ratio: float, count: int) -> int:
     """`ratio` of `count`, rounded up; 0.1 of 30 is 3, whatever floating point says."""
     return math.ceil(ratio * count - 1e-9)
+
+
+def _drawn(chance_T: Float[Tensor, " T"], layout: Layout) -> Bool[Tensor, " T"]:
+    """True with the given chances; what a patch draws depends on its picture and place, not on which rank holds it."""
+    uniform_BN = uniform_per_image(layout.images, layout.places, chance_T.device)
+    if uniform_BN is None:
+        return torch.bernoulli(chance_T) > 0
+    return uniform_BN[layout.image_T, layout.origin_T.clamp(min=0)] < chance_T
 
 
 def _with_prefix(keep_T: Bool[Tensor, " T"], score_T: Tensor, layout: Layout, spare_best: bool) -> Bool[Tensor, " T"]:

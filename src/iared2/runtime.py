@@ -48,3 +48,13 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     total = value.clone()
     torch.distributed.all_reduce(total)
     return total / torch.distributed.get_world_size()
+
+
+def mean_of_all(value: torch.Tensor) -> torch.Tensor:
+    """This rank's part in the mean over the elements that all ranks hold; ranks may hold different numbers of them.
+
+    Averaged over ranks, parts are that mean and their gradients its gradient. With one process it is the mean itself.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value.mean()
+    return value.sum() / mean_over_ranks(value.new_tensor(float(value.numel()), dtype=torch.float64)).to(value.dtype)

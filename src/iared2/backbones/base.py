@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from iared2.errors import UnsupportedBackboneError
 from iared2.interpreter import QueryKey
+from iared2.seeds import uniform_per_image
 from iared2.tokens.packed import Layout, PackedTokens
 
 logger = logging.getLogger("iared2")
@@ -181,7 +182,11 @@ def adapt(module: nn.Module) -> BackboneAdapter:
 
 def drop_path_per_image(x_TD: Float[Tensor, "T D"], rate: float, layout: Layout, scale: bool) -> Float[Tensor, "T D"]:
     """Stochastic depth with one draw per image, as in the untouched model, not one per token or per pack."""
-    survives_B = torch.empty(layout.images, dtype=x_TD.dtype, device=x_TD.device).bernoulli_(1 - rate)
+    uniform_B1 = uniform_per_image(layout.images, 1, x_TD.device)
+    if uniform_B1 is None:
+        survives_B = torch.empty(layout.images, dtype=x_TD.dtype, device=x_TD.device).bernoulli_(1 - rate)
+    else:
+        survives_B = (uniform_B1[:, 0] < 1 - rate).to(x_TD.dtype)
     if scale and rate < 1:
         survives_B = survives_B / (1 - rate)
     return x_TD * survives_B[layout.image_T, None]

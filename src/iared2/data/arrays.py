@@ -104,14 +104,17 @@ def plain_batch(pixels: UInt8[Tensor, "b h w 3"], how: Preprocess) -> Float[Tens
     return images
 
 
-def random_views(pixels: UInt8[Tensor, "b h w 3"], how: Preprocess, draw: torch.Generator) -> Float[Tensor, "b 3 height width"]:
+def random_views(pixels: UInt8[Tensor, "b h w 3"], how: Preprocess, uniform_5B: Float[Tensor, "5 b"]) -> Float[Tensor, "b 3 height width"]:
     """Random resized crops and flips of a whole batch in one bilinear sampling.
 
     Area in [min_scale, 1], aspect ratio in [4/5, 5/4], both log-uniform or uniform as usual; the crop stays
     inside the picture.
+
+    Args:
+        uniform_5B: numbers in [0, 1) that decide area, aspect ratio, flip and place of each view.
     """
     count = len(pixels)
-    area_, ratio_, flip_, x_, y_ = torch.rand(5, count, generator=draw)
+    area_, ratio_, flip_, x_, y_ = uniform_5B
     area = how.min_scale + (1 - how.min_scale) * area_
     ratio = torch.exp((2 * ratio_ - 1) * math.log(1.25))
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
@@ -137,7 +140,7 @@ def with_views(arrays: ImageArrays, count: int, min_scale: float, seed: int) -> 
     many = arrays.select(rows.tolist())
     for start in range(len(arrays), len(rows), 100):
         part = slice(start, start + 100)
-        crops = random_views(many.pixels[part], how, generator(seed, start))
+        crops = random_views(many.pixels[part], how, torch.rand(5, len(many.pixels[part]), generator=generator(seed, start)))
         many.pixels[part] = (255 * crops).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     return many
 
@@ -178,14 +181,16 @@ class ArrayBatches:
         """The batches of one epoch for one rank, from step `start` on."""
         order = epoch_order(self.examples, self.seed, epoch, self.train)
         per_step = self.batch_size * world
+        # By place in the epoch: neither the batch size nor the number of ranks changes a view.
+        uniform_5N = torch.rand(self.examples, 5, generator=generator(self.seed, epoch, 1)).T if self.train else None
         for step in range(start, self.steps(world)):
-            chosen = order[step * per_step : (step + 1) * per_step][rank::world]
-            yield self._batch(chosen, generator(self.seed, epoch, step, rank))
+            places = slice(step * per_step + rank, min((step + 1) * per_step, self.examples), world)
+            yield self._batch(order[places], None if uniform_5N is None else uniform_5N[:, places])
 
-    def _batch(self, chosen: Int[Tensor, " b"], draw: torch.Generator) -> dict[str, Tensor]:
+    def _batch(self, chosen: Int[Tensor, " b"], uniform_5B: Float[Tensor, "5 b"] | None) -> dict[str, Tensor]:
         arrays = self.arrays
         pixels = arrays.pixels[chosen]
-        images = random_views(pixels, self.how, draw) if self.train else plain_batch(pixels, self.how)
+        images = plain_batch(pixels, self.how) if uniform_5B is None else random_views(pixels, self.how, uniform_5B)
         batch = {"images": images, "labels": arrays.labels[chosen], "indices": chosen}
         if arrays.targets is not None:
             batch["targets"] = arrays.targets[chosen].float()

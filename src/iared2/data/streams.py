@@ -32,11 +32,13 @@ class StreamedImages:
         start: starts a pass; gives name, RGB picture and label of each sample that can be read.
         examples: how many samples there are, broken ones included.
         skipped: name -> reason of every picture found broken so far.
+        part: starts a pass over samples `first` to `stop` alone, where that takes less than reading all.
     """
 
     start: Callable[[], Iterator[Sample]] = field(repr=False)
     examples: int
     skipped: dict[str, str] = field(default_factory=dict, repr=False)
+    part: Callable[[int, int], Iterator[Sample]] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return self.examples
@@ -47,6 +49,19 @@ class StreamedImages:
     def subset(self, count: int, seed: int = 0) -> "StreamedImages":  # noqa: ARG002 - the same call as for other data
         """The first `count` samples: a stream has no others without reading all."""
         return replace(self, start=partial(_first, self.start, count), examples=min(count, self.examples))
+
+    def share(self, number: int, world: int) -> Iterator[tuple[int, Sample]]:
+        """One of `world` shares, which together hold every sample once; each sample with a number of its own, the same in every pass.
+
+        Shards are split by samples, not by files, so that shares differ by one sample at most however many shards there are.
+        """
+        if self.part is not None and world > 1:
+            first, stop = self.examples * number // world, self.examples * (number + 1) // world
+            yield from enumerate(self.part(first, stop), first)
+            return
+        for position, sample in enumerate(self.start()):
+            if position % world == number:
+                yield position, sample
 
 
 def _first(start: Callable[[], Iterator[Sample]], count: int) -> Iterator[Sample]:
@@ -63,15 +78,16 @@ def open_stream(prefix: str, rest: str, splits: Sequence[str], root: Path | None
     skipped: dict[str, str] = {}
     if prefix == "wds":
         folder, shards = _shards(rest, splits)
-        keys = [key for shard in shards for key in _keys(folder / shard)]
-        if not keys:
+        keys = {shard: list(_keys(folder / shard)) for shard in shards}
+        examples = sum(map(len, keys.values()))
+        if not examples:
             raise DataError(f"wds/{rest}: no pictures in the shards; wanted tar files with KEY.jpg (or png, webp) and KEY.cls")
-        reader = create_reader("wds/", root=str(folder), split="::".join(shards))
-        return StreamedImages(partial(_pass_shards, reader, keys, skipped), len(keys), skipped)
+        part = partial(_pass_shards, folder, keys, skipped)
+        return StreamedImages(partial(part, 0, examples), examples, skipped, part)
     problem: Exception | None = None
     for split in splits:
         try:
-            reader = create_reader(f"{prefix}/{rest}", root=None if root is None else str(root), split=split)
+            reader = _undivided(create_reader(f"{prefix}/{rest}", root=None if root is None else str(root), split=split))
             return StreamedImages(partial(_pass_reader, reader, rest), len(reader), skipped)
         except ValueError as error:
             problem = problem or error
@@ -113,19 +129,39 @@ def _keys(shard: Path) -> Iterator[str]:
         raise DataError(f"{shard}: not a readable tar ({reason(error)})") from None
 
 
-def _pass_shards(reader: Any, keys: list[str], skipped: dict[str, str]) -> Iterator[Sample]:
-    """One pass over the shards; a key that does not come out was broken (timm logs why)."""
-    if reader.ds is None:
-        next(iter(reader), None)  # timm builds its pipeline on first use
-    expected = iter(keys)
+def _undivided(reader: Any) -> Any:
+    """A timm reader that gives everything on every rank: left alone it deals out whole shards, as many as happen to come."""
+    if hasattr(reader, "dist_rank"):
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
+    return reader
+
+
+def _pass_shards(folder: Path, keys: dict[str, list[str]], skipped: dict[str, str], first: int, stop: int) -> Iterator[Sample]:
+    """One pass over samples `first` to `stop` of the shards, opening no others; a key that does not come out was broken (timm logs why)."""
+    chosen, before, position = [], 0, 0
+    for shard, names in keys.items():
+        if position < stop and position + len(names) > first and names:
+            chosen.append(shard)
+        before += len(names) if position + len(names) <= first else 0
+        position += len(names)
+    if not chosen:
+        return
+    reader = _undivided(create_reader("wds/", root=str(folder), split="::".join(chosen)))
+    next(iter(reader), None)  # timm builds its pipeline on first use
+    expected = enumerate((key for shard in chosen for key in keys[shard]), before)
     for sample in reader.ds:
-        for key in expected:
+        for number, key in expected:
+            if number >= stop:
+                return
             if key == sample["__key__"]:
                 break
+            if number >= first:
+                note_broken(skipped, key, "cannot be decoded, or has no label")
+        if number >= first:
+            yield sample["__key__"], sample["image"], int(sample["target"])
+    for number, key in expected:
+        if first <= number < stop:
             note_broken(skipped, key, "cannot be decoded, or has no label")
-        yield sample["__key__"], sample["image"], int(sample["target"])
-    for key in expected:
-        note_broken(skipped, key, "cannot be decoded, or has no label")
 
 
 def _pass_reader(reader: Any, name: str) -> Iterator[Sample]:
@@ -137,8 +173,8 @@ def _pass_reader(reader: Any, name: str) -> Iterator[Sample]:
 class StreamBatches:
     """Batches over a stream, with the protocol of `ArrayBatches` and as reproducible.
 
-    Training shuffles through a buffer. A resumed epoch reads past what was seen; ranks decode the whole
-    stream and keep their share: many ranks want data with random access.
+    Training shuffles through a buffer. A resumed epoch reads past what was seen. Of shards each rank reads its share alone, another
+    one in each epoch; of other streams it reads all and keeps every `world`-th sample. `indices` are numbers of samples in the stream.
     """
 
     images: StreamedImages
@@ -163,31 +199,30 @@ class StreamBatches:
     def epoch(self, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         """The batches of one epoch for one rank, from step `start` on."""
         transform = make_transform(self.how, self.train)
-        per_step = self.batch_size * world
-        samples = self._samples(epoch)
+        samples = self._samples(epoch, (rank + epoch) % world if self.train else rank, world)
         for step in range(self.steps(world)):
-            chunk = list(islice(samples, per_step))
+            chunk = list(islice(samples, self.batch_size))
             if not chunk:
                 return
-            if step < start or not chunk[rank::world]:
+            if step < start:
                 continue
-            views, places = [], range(step * per_step + rank, step * per_step + len(chunk), world)
-            for place, (_, image, _) in zip(places, chunk[rank::world], strict=True):
-                with seeded(self.seed, epoch, place, active=self.train):
+            views = []
+            for number, (_, image, _) in chunk:
+                with seeded(self.seed, epoch, number, active=self.train):
                     views.append(transform(image))
-            labels = torch.tensor([label for _, _, label in chunk[rank::world]])
-            yield {"images": torch.stack(views), "labels": labels, "indices": torch.tensor(list(places))}
+            labels, numbers = torch.tensor([label for _, (_, _, label) in chunk]), torch.tensor([number for number, _ in chunk])
+            yield {"images": torch.stack(views), "labels": labels, "indices": numbers}
 
-    def _samples(self, epoch: int) -> Iterator[Sample]:
+    def _samples(self, epoch: int, share: int, world: int) -> Iterator[tuple[int, Sample]]:
         if not self.train:
-            yield from self.images
+            yield from self.images.share(share, world)
             return
-        draw = random.Random(derive_seed(self.seed, epoch))
-        waiting: list[Sample] = []
+        draw = random.Random(derive_seed(self.seed, epoch, share))
+        waiting: list[tuple[int, Sample]] = []
         found = True
         while found:  # again from the front where broken pictures left the epoch short
             found = False
-            for sample in self.images:
+            for sample in self.images.share(share, world):
                 found = True
                 waiting.append(sample)
                 if len(waiting) >= min(self.buffer, self.examples):

@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from torch import Tensor
 from iared2 import cost
 from iared2.data.arrays import Preprocess
 from iared2.data.batches import make_batches
+from iared2.data.cluster import Cluster
 from iared2.data.labels import check_labels, model_class_ids
 from iared2.data.sources import Data, open_data
 from iared2.data.streams import StreamedImages
@@ -44,7 +46,16 @@ class EvalBatches(Protocol):
     def epoch(self, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]: ...
 
 
-class _Clock:
+@dataclass(frozen=True)
+class Measured:
+    """One batch: what came of it, the numbers of its pictures, and its height and width in pixels."""
+
+    outcome: Outcome
+    index_B: Int[Tensor, " B"]
+    size: tuple[int, int]
+
+
+class Clock:
     """Times the two models alternately: whoever went first in one batch goes second in the next."""
 
     def __init__(self, device: torch.device) -> None:
@@ -86,10 +97,18 @@ def evaluate(model: ReducedTransformer, batches: EvalBatches, sources: Sequence[
     Raises:
         DataError: no readable picture, or a label that the model does not have.
     """
-    parameter = next(model.parameters())
-    clock, training = _Clock(parameter.device), model.training
-    tallies: dict[str, Tally] = {}
-    size: tuple[int, int] = (0, 0)
+    clock = Clock(next(model.parameters()).device)
+    return report(model, outcomes(model, batches, clock, progress), clock, sources)
+
+
+@torch.inference_mode()
+def outcomes(model: ReducedTransformer, batches: EvalBatches, clock: Clock, progress: bool = False) -> Iterator[Measured]:
+    """Both models on every batch: what came of it, and the numbers of the pictures.
+
+    Raises:
+        DataError: a label that the model does not have.
+    """
+    parameter, training = next(model.parameters()), model.training
     model.eval()
     console = Console(stderr=True)
     hidden = not (progress and console.is_terminal)
@@ -100,11 +119,23 @@ def evaluate(model: ReducedTransformer, batches: EvalBatches, sources: Sequence[
         found = clock.run({"dense": partial(model.backbone, images), "reduced": partial(_reduced_pass, model, images)})
         logits, state = found["reduced"]
         trace = model.make_trace(state.reductions, size).cpu()
-        outcome = _outcome(model, batch["labels"], (found["dense"], logits), trace, size)
-        for name, rows in _by_source(sources, batch["indices"]).items():
-            tally = tallies.setdefault(name, Tally(model.num_classes, len(model.reducers)))
-            tally.update(outcome if rows is None else outcome.rows(rows))
+        yield Measured(_outcome(model, batch["labels"], (found["dense"], logits), trace, size), batch["indices"], size)
     model.train(training)
+
+
+def report(model: ReducedTransformer, measured: Iterable[Measured], clock: Clock, sources: Sequence[str] | None) -> EvalReport:
+    """Adds up what was measured.
+
+    Raises:
+        DataError: nothing was.
+    """
+    tallies: dict[str, Tally] = {}
+    size: tuple[int, int] = (0, 0)
+    for one in measured:
+        size = one.size
+        for name, rows in _by_source(sources, one.index_B).items():
+            tally = tallies.setdefault(name, Tally(model.num_classes, len(model.reducers)))
+            tally.update(one.outcome if rows is None else one.outcome.rows(rows))
     if not tallies:
         raise DataError("there is no readable picture in this data")
     return _report(model, tallies, clock, size)
@@ -141,7 +172,7 @@ def _outcome(
     )
 
 
-def _report(model: ReducedTransformer, tallies: dict[str, Tally], clock: _Clock, size: tuple[int, int]) -> EvalReport:
+def _report(model: ReducedTransformer, tallies: dict[str, Tally], clock: Clock, size: tuple[int, int]) -> EvalReport:
     tally = tallies["all"]
     macs, linear = cost.dense_macs(model.adapter, *size), cost.dense_macs(model.adapter, *size, products=False)
     dense = Row(
@@ -201,6 +232,7 @@ def run_eval(  # noqa: PLR0913 - the command's options
     workers: int = 0,
     seed: int = 0,
     limit: int | None = None,
+    cluster: Cluster | None = None,
 ) -> int:
     """`iared2 eval`: prints a table and writes the JSON file. Returns 1 if pictures were broken, else 0.
 
@@ -213,13 +245,21 @@ def run_eval(  # noqa: PLR0913 - the command's options
         check_writable(json_file)
     place = pick_device(device)
     context = precision(place, dtype)
-    reduced = _prepare(load_reduced(model, weights=weights, device=place), threshold, on_drop)
-    pictures = _pictures(reduced, data, limit, seed)
-    how = eval_preprocess(reduced)
-    batches = make_batches(pictures, how, batch_size, seed, train=False, workers=workers)
-    with context:
-        report = evaluate(reduced, batches, getattr(pictures, "sources", None), progress=True)
-    Console().print(report.markdown(), markup=False, highlight=False, soft_wrap=True)
+    open_model = partial(_open_model, model, weights, place, threshold, on_drop)
+    open_pictures = partial(_pictures, data=data.absolute() if data.exists() else data, limit=limit, seed=seed)
+    reduced = open_model()
+    pictures = open_pictures(reduced)
+    if cluster is None:
+        batches = make_batches(pictures, eval_preprocess(reduced), batch_size, seed, train=False, workers=workers)
+        with context:
+            found = evaluate(reduced, batches, getattr(pictures, "sources", None), progress=True)
+    else:
+        from iared2.evaluate.sharded import EvalShards, evaluate_sharded
+
+        job = EvalShards(open_model, open_pictures, batch_size, workers, dtype)
+        records = None if json_file is None else json_file.with_name(json_file.name + ".shards")
+        found = evaluate_sharded(reduced, pictures, job, records, cluster)
+    Console().print(found.markdown(), markup=False, highlight=False, soft_wrap=True)
     skipped: dict[str, str] = getattr(pictures, "skipped", {})
     if skipped:
         logger.warning("%d broken pictures were skipped: %s", len(skipped), ", ".join(skipped))
@@ -234,7 +274,7 @@ def run_eval(  # noqa: PLR0913 - the command's options
         }
         about = {"schema_version": SCHEMA, "model": model, "data": str(data), "seed": seed, "settings": settings | _choices(reduced)}
         about |= {"versions": versions(), "machine": describe_machine(place), "skipped": skipped}
-        write_json(json_file, about | report.model_dump(mode="json"))
+        write_json(json_file, about | found.model_dump(mode="json"))
     return 1 if skipped else 0
 
 
@@ -245,6 +285,10 @@ def _choices(model: ReducedTransformer) -> dict[str, Any]:
     thresholds = model.config.model_dump(mode="json")["thresholds"] or [0.5]
     threshold = thresholds[0] if len(set(thresholds)) == 1 else thresholds
     return {"threshold": threshold, "rule": model.config.rule, "on_drop": model.config.on_drop, "preprocess": seen}
+
+
+def _open_model(name: str, weights: Path | None, place: torch.device, threshold: float | None, on_drop: str | None) -> ReducedTransformer:
+    return _prepare(load_reduced(name, weights=weights, device=place), threshold, on_drop)
 
 
 def _prepare(model: ReducedTransformer, threshold: float | None, on_drop: str | None) -> ReducedTransformer:

@@ -96,6 +96,7 @@ class Gallery:
         self.model, self.output, self.settings = model, output, settings
         self.device = pick_device(settings.device)
         self.prepare = Preparation.of(model)
+        self.timed = TIMED
 
     def run(self, paths: Sequence[Path], done: Callable[[Path], None] = lambda _: None, failed: Iterable[Failure] = ()) -> Outcome:
         """Explains the photos, writing as it goes.
@@ -105,8 +106,19 @@ class Gallery:
             failed: sources that were lost before; they join the list.
         """
         outcome = Outcome(failed=list(failed))
-        names = dict(zip(paths, files.unique_names(paths), strict=True))
-        side = page.thumbnail_side(len(paths))
+        self.work(dict(zip(paths, files.unique_names(paths), strict=True)), page.thumbnail_side(len(paths)), outcome, done)
+        if outcome.photos:
+            self.finish(outcome)
+        return outcome
+
+    def work(self, names: dict[Path, str], side: int, outcome: Outcome, done: Callable[[Path], None] = lambda _: None) -> None:
+        """Explains photos, each under its name, without the page and the manifest.
+
+        Args:
+            side: of thumbnails, in pixels.
+            outcome: takes what comes of it.
+        """
+        paths = list(names)
         with ThreadPoolExecutor(max(1, self.settings.workers)) as pool:
             try:
                 readable = self._readable(_read_ahead(paths, pool, self.settings.workers), outcome, done)
@@ -122,9 +134,6 @@ class Gallery:
             except KeyboardInterrupt:
                 pool.shutdown(wait=False, cancel_futures=True)  # what is being drawn is finished, the rest is not begun
                 raise
-        if outcome.photos:
-            self._finish(outcome)
-        return outcome
 
     def _clear_manifest(self, outcome: Outcome) -> None:
         """Before the first photo is written: a manifest promises a finished run."""
@@ -145,7 +154,7 @@ class Gallery:
         images = torch.stack([self.prepare(picture.image) for picture in batch]).to(self.device)
         with precision(self.device, self.settings.dtype):
             explanations = explain(self.model, images)
-            if sum(speed.images for speed in outcome.speeds) >= TIMED:
+            if sum(speed.images for speed in outcome.speeds) >= self.timed:
                 return explanations, None
             speed = measure(self.model, images)
         outcome.speeds.append(speed)
@@ -180,7 +189,7 @@ class Gallery:
             raise
         return records.picture_record(picture, name, explanation, speed, (paths, thumbnails))
 
-    def _finish(self, outcome: Outcome) -> None:
+    def finish(self, outcome: Outcome) -> None:
         """The page, and last of all the manifest."""
         facts, speed = self.facts(), records.mean_speed(outcome.speeds)
         try:

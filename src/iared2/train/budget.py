@@ -16,6 +16,7 @@ from iared2.budget import Budget, parse_budget, powered, solve_power
 from iared2.errors import DataError
 from iared2.evaluate.calibrate import Calibrator, Expectation
 from iared2.model import ReducedTransformer, reduce
+from iared2.runtime import mean_over_ranks
 from iared2.train.feeds import Feeds
 from iared2.train.together import DistilTask, ImitationTask, Memory, WalkTask
 from iared2.train.together_settings import TogetherSettings
@@ -88,7 +89,8 @@ def _share_for_training(budget: Budget, calibrator: Calibrator) -> float:
     """The budget as a share of multiply-adds; a time is turned into one by measuring untrained reductions."""
     if budget.kind != "ms":
         return budget.share(calibrator.dense_macs)
-    return calibrator.to_milliseconds(budget.value).share
+    measured = calibrator.to_milliseconds(budget.value).share
+    return float(mean_over_ranks(torch.tensor(measured, device=next(calibrator.model.parameters()).device)))  # each took its own time
 
 
 def _stages(settings: TogetherSettings, model: ReducedTransformer, feeds: Feeds, share: float, ratios: tuple[float, ...]) -> list[Stage]:

@@ -136,7 +136,8 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, device: t
         TrainingError: the state is missing or damaged.
     """
     with _whole(checkpoint):
-        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True))
+        place = "cpu" if device.type == "cpu" else device  # Accelerate calls the CPU of one of several processes cpu:0, torch.load cpu
+        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=place, weights_only=True))
 
 
 def _sync(folder: Path) -> None:

@@ -316,7 +316,7 @@ def budget() -> Recipe:
 
     Cost: about 5 minutes on two CPU cores for DeiT-Tiny and 1,000 photos.
     Expected: see the embedded interpreters' card.
-    Command: iared2 train --target-macs 0.65x --data FOLDER --model deit_tiny_patch16_224 --output runs/budget
+    Command: iared2 train budget --target-macs 0.65x --data FOLDER --model deit_tiny_patch16_224 --output runs/budget
     """
     return Recipe(
         name="budget",

@@ -15,6 +15,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import save_file
 from torch import nn
 
@@ -136,7 +137,9 @@ def open_accelerator(device: str, precision: str) -> Accelerator:
     if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)  # Accelerate takes the current one, and each of several processes its own
     try:
-        accelerator = Accelerator(cpu=place.type == "cpu", mixed_precision=precision)
+        # A stage may leave parameters that it could train without a gradient: then they stay, as with one process.
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+        accelerator = Accelerator(cpu=place.type == "cpu", mixed_precision=precision, kwargs_handlers=handlers)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"precision: got {precision!r} on {place.type}, which cannot be had ({reason}); try --dtype float32") from None
@@ -192,7 +195,8 @@ def _train_dense(dense: DenseSettings, backbone: nn.Module, feeds: Feeds, run: R
     if dense.teacher is not None:
         if not isinstance(batches, ArrayBatches):
             raise ConfigError("dense.teacher: soft labels need pictures in memory; set data.in_memory=true")
-        arrays = with_teacher(batches.arrays, dense.teacher, run.folder / "teacher.safetensors", accelerator.device)
+        with accelerator.main_process_first():  # it writes the file that the others read
+            arrays = with_teacher(batches.arrays, dense.teacher, run.folder / "teacher.safetensors", accelerator.device)
         batches = replace(batches, arrays=arrays)
     weight, temperature = (dense.teacher.weight, dense.teacher.temperature) if dense.teacher else (0.0, 1.0)
     task = DenseTask(backbone, dense.smoothing, weight, temperature, dense.patch_drop)

@@ -13,6 +13,7 @@ from iared2.model import ReducedTransformer
 from iared2.reducers.base import Reduction
 from iared2.reducers.iared2 import InterpreterReducer
 from iared2.reward import EstimatorConfig, RewardConfig, advantages, entropy, log_probability, policy_gradient_loss, reward
+from iared2.runtime import mean_of_all
 from iared2.tokens.packed import join, split, sum_of_patches
 from iared2.train.trainer import Task
 from iared2.walk import State
@@ -162,7 +163,7 @@ class InterpreterTask(ScoringTask):
         log_p_KB = torch.stack([sum_of_patches(log_probability(chance_T, keep_T), layout) for keep_T in keeps])
         entropy_T = entropy(chance_T)[layout.is_patch_T]
         advantage_KB = advantages(reward_KB, logs.pop("greedy_B", None), self.estimator)
-        loss = policy_gradient_loss(log_p_KB.flatten(), advantage_KB.flatten()) - self.entropy_bonus * entropy_T.mean()
+        loss = policy_gradient_loss(log_p_KB.flatten(), advantage_KB.flatten()) - self.entropy_bonus * mean_of_all(entropy_T)
         kept = torch.stack([draw.kept_B for draw in draws]).float().mean()
         return {"loss": loss, "reward": reward_KB.mean(), "keep_ratio": kept / layout.places, **logs, "entropy": entropy_T.mean()}
 

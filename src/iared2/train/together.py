@@ -18,7 +18,7 @@ from iared2.evaluate.calibrate import Calibrator
 from iared2.keep import Sampled
 from iared2.model import ReducedTransformer
 from iared2.reward import EstimatorConfig, advantages, entropy, log_probability
-from iared2.runtime import mean_over_ranks
+from iared2.runtime import mean_of_all, mean_over_ranks
 from iared2.tokens.packed import scatter_places, sum_of_patches
 from iared2.train.evidence import dense_evidence
 from iared2.train.tasks import GroupTask, join_states, split_state
@@ -227,7 +227,7 @@ class WalkTask(TogetherTask):
                 keep_T = torch.zeros_like(layout.is_patch_T).index_fill(0, reduction.chosen.index_S, True)
                 state = self.model.after_reduction(state, reduction)
             log_p.append(sum_of_patches(log_probability(chance_T, keep_T), layout))
-            entropies.append(entropy(chance_T)[layout.is_patch_T].mean())
+            entropies.append(mean_of_all(entropy(chance_T)[layout.is_patch_T]))
             kept.append(reduction.kept_B)
         return Drawn(state, torch.stack(log_p).sum(0), kept, entropies)
 

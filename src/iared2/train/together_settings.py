@@ -37,11 +37,11 @@ class TogetherSettings(Settings):
     against: float = Field(0.3, ge=0, description="how much evidence against the predicted class counts")
     remember: bool = Field(True, description="compute the dense model's evidence once per picture; needs pictures without augmentation")
     imitation_epochs: Whole = Field(1, ge=0)
-    walk_epochs: Whole = Field(0, ge=0)
+    walk_epochs: Whole = Field(1, ge=0)
     block_epochs: Whole = Field(0, ge=0, description="fine-tuning of the blocks by distillation from the dense model")
     walk: WalkSettings = WalkSettings()
     imitation_optim: OptimSettings = OptimSettings(lr=1e-3, lr_batch=32)
-    walk_optim: OptimSettings = OptimSettings(lr=2e-4, lr_batch=32)
+    walk_optim: OptimSettings = OptimSettings(lr=3e-4, lr_batch=32)
     block_optim: OptimSettings = OptimSettings(lr=2e-5, lr_batch=32)
 
     @field_validator("target")

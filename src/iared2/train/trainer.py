@@ -1,6 +1,6 @@
 """One training loop for every stage, on Hugging Face accelerate. It knows no objective: a task brings its loss.
 
-Exact resume: data order, augmentation and sampling are pure functions of (seed, stage, step, rank), and the
+Exact resume: data order, augmentation and sampling are pure functions of (seed, stage, step), and the
 learning rate is a pure function of the step, so a checkpoint is the weights, the optimiser's state and a
 place; a task that remembers pictures is shown them again. Checkpoints are written to a temporary folder and
 renamed, so a kill at any moment leaves a whole one.
@@ -18,7 +18,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from iared2.errors import TrainingError
-from iared2.seeds import seed_all
+from iared2.runtime import mean_over_ranks
+from iared2.seeds import draws_of_batch, seed_all
 from iared2.train.checkpoint import Place, latest_checkpoint, load_optimizer, load_weights, save_checkpoint
 from iared2.train.logs import StageLog
 from iared2.train.optim import OptimSettings, build_optimizer, schedule_factor, set_rate
@@ -143,7 +144,10 @@ class Trainer:
                 for batch in stage.batches.epoch(epoch, first, accelerator.process_index, world):
                     set_rate(optimizer.param_groups, schedule_factor(stage.optim, step, total))
                     seed_all(self.settings.seed, index, step, accelerator.process_index)
-                    logs = self._step(task, optimizer, stage, batch, step)
+                    with draws_of_batch(
+                        self.settings.seed, index, step, rank=accelerator.process_index, world=world, device=accelerator.device
+                    ):
+                        logs = self._step(task, optimizer, stage, batch, step)
                     step += 1
                     images = len(batch["labels"]) * world
                     log.step(step, images, epoch + 1, optimizer.param_groups[0]["lr"], logs, self.settings.log_every)
@@ -188,7 +192,14 @@ class Trainer:
             self._skipped = 0
         optimizer.step()
         optimizer.zero_grad()
-        return logs | {"grad_norm": norm}
+        return self._over_ranks(logs) | {"grad_norm": norm}
+
+    def _over_ranks(self, logs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the task reports of the whole batch: the mean over ranks."""
+        if self.accelerator.num_processes == 1:
+            return logs
+        means = mean_over_ranks(torch.stack([value.detach().float() for value in logs.values()]))
+        return dict(zip(logs, means.unbind(0), strict=True))
 
     def _not_finite(self, stage: Stage, step: int, what: str) -> TrainingError:
         return TrainingError(

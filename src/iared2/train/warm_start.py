@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from iared2.keep import share_of
 from iared2.model import ReducedTransformer
+from iared2.runtime import mean_of_all, mean_over_ranks
 from iared2.tokens.packed import join, scatter_places
 from iared2.train.evidence import gain_of
 from iared2.train.tasks import GroupTask, ScoringTask
@@ -69,10 +70,12 @@ class WarmStartTask(ScoringTask):
         logit_TH = self.reducer.interpreter.logits(state.tokens, state.class_TH)
         score_BN = scatter_places(self.finite(logit_TH.sigmoid().mean(-1)), layout)
         chance_BN = scatter_places((logit_TH / self.sharpness).sigmoid().mean(-1), layout)
-        loss = F.binary_cross_entropy(chance_BN[here_BN], wanted_BN[here_BN])
+        loss = mean_of_all(F.binary_cross_entropy(chance_BN[here_BN], wanted_BN[here_BN], reduction="none"))
         if self.sharpness > 1:
             above_BN = torch.where(here_BN, ((score_BN - 0.5) * _STEEP).sigmoid(), 0.0)  # a step with a slope
-            loss = loss + (above_BN.mean() - self.ratio).square()
+            share = above_BN.mean()
+            gap = mean_over_ranks(share.detach()) - self.ratio
+            loss = loss + gap.square() + 2 * gap * (share - share.detach())  # the gradient, on average over ranks, of the whole batch's gap
         agree = ((score_BN > 0.5) == (wanted_BN > 0.5))[here_BN].float().mean()
         keep_ratio = ((score_BN > 0.5) & here_BN).float().mean()
         return {"loss": loss, "agreement": agree, "keep_ratio": keep_ratio}
