@@ -1,6 +1,8 @@
 """What core tests share: few threads, fixed seeds, and tiny random vision transformers of every family."""
 
 import random
+import sys
+from collections.abc import Iterator
 
 import hypothesis
 import numpy as np
@@ -25,6 +27,14 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps the first precision of a process; the next test may want another."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(autouse=True)
