@@ -15,7 +15,8 @@ from iared2.errors import ConfigError
 from iared2.keep import Given
 from iared2.model import reduce
 from iared2.reward import EstimatorConfig, RewardConfig
-from iared2.tokens.packed import scatter_places
+from iared2.seeds import draws_of_batch
+from iared2.tokens.packed import pack, scatter_places
 from iared2.train.gumbel import NOTHING, GumbelTask, straight_through
 from iared2.train.gumbel_settings import GumbelSettings
 from iared2.train.recipes import Recipe
@@ -36,7 +37,7 @@ def test_the_masked_pass_is_the_really_dropped_pass(pool: str) -> None:
     with torch.no_grad():
         state = task.frozen_prefix(batch())
         score_T = torch.rand(len(state.tokens.x_TD))
-        keep_T = straight_through(score_T, 1.0)
+        keep_T = straight_through(score_T, state.tokens.layout, 1.0)
         keep_BN = scatter_places((keep_T > 0.5).long(), state.tokens.layout) > 0
         assert 0.2 < keep_BN.float().mean() < 0.8
         reduction = model.reducers[1].apply_rule(Given(keep_BN), score_T, state.tokens, state.key_THK)
@@ -47,12 +48,23 @@ def test_the_masked_pass_is_the_really_dropped_pass(pool: str) -> None:
 
 
 def test_straight_through_draws_hard_and_learns_soft() -> None:
-    score_T = torch.full((20000,), 0.3, requires_grad=True)
-    keep_T = straight_through(score_T, 0.5)
+    layout = pack(torch.zeros(4, 5001, 1), 1, (5000,)).layout
+    score_T = torch.full((20004,), 0.3, requires_grad=True)
+    keep_T = straight_through(score_T, layout, 0.5)
     assert set(keep_T.tolist()) == {1.0, torch.tensor(NOTHING).item()}
     assert (keep_T > 0.5).float().mean().item() == pytest.approx(0.3, abs=0.01)
     keep_T.sum().backward()
     assert (score_T.grad >= 0).all() and score_T.grad.mean() > 0.5  # none where the draw was far from the other side
+
+
+def test_a_picture_draws_the_same_whichever_rank_holds_it() -> None:
+    score_T = torch.full((4 * 101,), 0.5)
+    whole, half = (pack(torch.zeros(images, 101, 1), 1, (100,)).layout for images in (4, 2))
+    with draws_of_batch(7, rank=0, world=1, device=torch.device("cpu")):
+        alone = straight_through(score_T, whole, 1.0).view(4, 101)
+    for rank in (0, 1):
+        with draws_of_batch(7, rank=rank, world=2, device=torch.device("cpu")):
+            assert torch.equal(straight_through(score_T[:202], half, 1.0).view(2, 101)[:, 1:], alone[rank::2, 1:])
 
 
 @pytest.mark.parametrize("target", ["label", "dense"])

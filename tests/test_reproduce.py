@@ -30,12 +30,12 @@ def pictures(count: int, boxes: bool) -> ImageArrays:
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """The small scale on sixteen pictures of noise, interpreters only."""
+    """The small scale on eight pictures of noise, interpreters only."""
     for name in ("block_epochs", "warm_start_epochs"):
         monkeypatch.setitem(bench_module._SMALL, f"reduction.{name}", 0)
     monkeypatch.setattr(Bench, "check", lambda _: None)
-    bench = Bench(TINY, tmp_path, images=16, val_images=6)
-    bench.__dict__["pictures"] = (pictures(16, boxes=False), pictures(6, boxes=True))
+    bench = Bench(TINY, tmp_path, images=8, val_images=6)
+    bench.__dict__["pictures"] = (pictures(8, boxes=False), pictures(6, boxes=True))
     return bench
 
 
@@ -81,7 +81,7 @@ def test_a_table_is_written_and_never_trained_twice(small: Bench, monkeypatch: p
     assert all(0 < row["macs_share"] <= 1.01 and len(row["correct"]) == 6 for row in record["rows"])
     assert record["dense"]["uniform_inside"] == pytest.approx(50) and record["dense"]["macs_share"] == pytest.approx(1, abs=0.01)
     text = (small.output / "gumbel.md").read_text()
-    assert "79.1 % at 2.9 G" in text and "--images 16 --val-images 6" in text
+    assert "79.1 % at 2.9 G" in text and "--images 8 --val-images 6" in text
     assert (small.output / "gumbel.png").stat().st_size < 150_000
 
     def never(*_: object, **__: object) -> None:
@@ -115,7 +115,7 @@ def test_the_random_baseline_drops_thirty_percent_and_is_tuned_as_long(small: Be
 def test_variance_counts_passes_and_starts_every_estimator_alike(small: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(variance, "DRAWS", 2)
     monkeypatch.setattr(variance, "PASSES", 8)
-    monkeypatch.setattr(variance, "PICTURES", 8)
+    monkeypatch.setattr(variance, "PICTURES", 4)
     monkeypatch.setitem(bench_module._SMALL, "data.batch_size", 4)
     monkeypatch.setitem(bench_module._SMALL, "reduction.reward.target", "dense")  # no label of noise is ever right
     assert run_reproduction("variance", small) == 0

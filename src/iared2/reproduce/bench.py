@@ -40,7 +40,6 @@ _SMALL = {
     "reduction.reward.soft": False,
     "reduction.on_drop": "discard",
     "reduction.interpreter.start": "attention",
-    "reduction.warm_start_ratios": RATIOS[3],
     "reduction.warm_start_optim.lr": 1e-4,
     "reduction.interpreter_optim.lr": 1e-3,
     "data.batch_size": 8,
@@ -104,11 +103,8 @@ class Bench:
             values |= {**_SMALL, "data.subset": self.images, "backbone.weights": str(assets.HERE / assets.DEFAULT / "backbone.safetensors")}
         name = "mini_reduced" if self.scale == "small" else f"paper_deit_{'base' if base else 'small'}"
         merged = {**values, **changes}
-        groups = merged.get("reduction.groups", 3)
         if self.scale == "small":
-            merged.setdefault("reduction.warm_start_ratios", RATIOS[groups])
-            if len(merged["reduction.warm_start_ratios"]) != groups:
-                merged["reduction.warm_start_ratios"] = RATIOS[groups]
+            merged["reduction.warm_start_ratios"] = RATIOS[merged.get("reduction.groups", 3)]
         return find_recipe(name, [f"{path}={json.dumps(value)}" for path, value in merged.items()])
 
     @cached_property

@@ -1,6 +1,7 @@
 """`iared2 reproduce`: makes a table, run by run, and writes what is there after each."""
 
 import logging
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -28,7 +29,7 @@ def run_reproduction(name: str, bench: Bench) -> int:
         run_variance(bench)
     else:
         table = TABLES[name]()
-        dense = figures(bench, DENSE, 0)
+        dense = figures(bench, replace(DENSE, base=table.lines[0].what.base), 0)
         results: Results = [(line.paper, []) for line in table.lines]
         for seed in range(bench.seeds):
             for line, (_, found) in zip(table.lines, results, strict=True):

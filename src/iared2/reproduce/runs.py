@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from iared2 import cost
-from iared2.data.arrays import ImageArrays, plain_batch
+from iared2.data.batches import make_batches
 from iared2.errors import ConfigError, DataError
 from iared2.evaluate.boxes import inside
 from iared2.evaluate.calibrate import Calibrator
@@ -125,11 +125,9 @@ def _random(bench: Bench, recipe: Recipe, folder: Path) -> ReducedTransformer:
 
 def _meet(model: ReducedTransformer, bench: Bench, recipe: Recipe, budget: float) -> bool:
     """Chooses thresholds for a budget on training pictures; False where the reductions of this model cannot get there."""
-    data = bench.pictures[0]
-    if not isinstance(data, ImageArrays):
-        raise DataError(f"{bench.data}: thresholds for a budget are chosen on pictures in memory; this table needs --scale small")
-    device = next(model.parameters()).device
-    images = plain_batch(data.pixels[:CALIBRATED_ON], bench.how(recipe, model.backbone)).to(device)
+    chosen = bench.pictures[0].subset(CALIBRATED_ON, 0)
+    batches = make_batches(chosen, bench.how(recipe, model.backbone), CALIBRATED_ON, 0, train=False, workers=bench.workers)
+    images = next(iter(batches.epoch(0)))["images"].to(next(model.parameters()).device)
     try:
         Calibrator(model, [images]).to_share(budget)
     except ConfigError as error:

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iared2.model import ReducedTransformer
-from iared2.tokens.packed import sum_of_patches
+from iared2.seeds import uniform_per_image
+from iared2.tokens.packed import Layout, sum_of_patches
 from iared2.train.gumbel_settings import GumbelSettings
 from iared2.train.tasks import ScoringTask, distance
 from iared2.walk import State
@@ -57,7 +58,7 @@ class GumbelTask(ScoringTask):
         state = self.frozen_prefix(batch)
         layout = state.tokens.layout
         score_T = self.finite(self.chance(state))
-        keep_T = straight_through(score_T, self.settings.temperature)
+        keep_T = straight_through(score_T, layout, self.settings.temperature)
         logits = self.masked(state, keep_T)
         if self.target == "label":
             error = F.cross_entropy(logits, batch["labels"])
@@ -78,7 +79,7 @@ class GumbelTask(ScoringTask):
         return self.model.adapter.head(end.tokens).float()
 
 
-def straight_through(score_T: Float[Tensor, " T"], temperature: float) -> Float[Tensor, " T"]:
+def straight_through(score_T: Float[Tensor, " T"], layout: Layout, temperature: float) -> Float[Tensor, " T"]:
     """Decisions drawn with chance `score_T`: 1 or `NOTHING` going forward, the relaxed decision's gradient going back.
 
     The difference of two Gumbel draws is logistic, so one logistic draw per patch decides between keeping and dropping
@@ -88,7 +89,11 @@ def straight_through(score_T: Float[Tensor, " T"], temperature: float) -> Float[
         temperature: of the relaxed decision; lower is nearer to the hard one and noisier in its gradient.
     """
     chance_T = score_T.clamp(1e-6, 1 - 1e-6)
-    draw_T = torch.rand_like(chance_T).clamp(1e-6, 1 - 1e-6)
+    uniform_BN = uniform_per_image(layout.images, layout.places, chance_T.device)  # so that the number of ranks changes nothing
+    draw_T = (
+        torch.rand_like(chance_T) if uniform_BN is None else uniform_BN[layout.image_T, layout.origin_T.clamp(min=0)].to(chance_T.dtype)
+    )
+    draw_T = draw_T.clamp(1e-6, 1 - 1e-6)
     logit_T = chance_T.log() - (-chance_T).log1p() + draw_T.log() - (-draw_T).log1p()
     relaxed_T = (logit_T / temperature).sigmoid()
     hard_T = torch.where(logit_T > 0, 1.0, NOTHING).to(score_T.dtype)
