@@ -94,7 +94,7 @@ def _half(value: float | None, digits: int) -> str:
 
 def plot(table: Table, dense: Row, results: Results, path: Path) -> None:
     """Accuracy against multiply-adds: every run a point, and lines where a table is a curve."""
-    axes, finish = figure("multiply-adds, share of dense", "top-1, %", table.source)
+    axes, finish = figure("multiply-adds, share of dense", "top-1, %", table.source.partition(" (")[0])
     curves: dict[str, list[tuple[float, float]]] = {}
     for number, (_, found) in enumerate(results):
         if not found:
