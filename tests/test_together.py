@@ -12,6 +12,7 @@ from families import FAMILIES
 from iared2.interpreter import InterpreterConfig
 from iared2.keep import Given, TopK
 from iared2.reducers.baselines import AttentionReducer, RandomReducer, ToMeReducer, with_reducers
+from iared2.seeds import draws_of_batch
 from iared2.train.evidence import dense_evidence
 from iared2.train.together import DistilTask, ImitationTask, Memory, WalkTask, repeat, share_loss
 from iared2.train.together_settings import WalkSettings
@@ -293,3 +294,16 @@ def test_chance_keeps_the_share_and_differs_between_images():
     _, trace = reduced.trace(FAMILIES["deit"].images(4))
     assert trace.keep_GBN.sum(-1).eq(8).all()
     assert len({tuple(row.tolist()) for row in trace.keep_GBN[0]}) > 1
+
+
+def test_chance_is_drawn_again_alike_when_a_training_step_is_repeated():
+    reduced, images = iared2.reduce(FAMILIES["deit"].build(), (0,)).eval(), FAMILIES["deit"].images(4)
+    with_reducers(reduced, [RandomReducer(0.5)])
+
+    def kept(step: int) -> torch.Tensor:
+        with draws_of_batch(0, 0, step, rank=0, world=1, device=torch.device("cpu")):
+            return reduced.trace(images)[1].keep_GBN
+
+    first, other = kept(7), kept(8)
+    reduced.trace(images)  # whatever was drawn in between
+    assert torch.equal(kept(7), first) and not torch.equal(other, first)

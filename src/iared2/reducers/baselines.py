@@ -4,9 +4,10 @@
 |---|---|---|
 | `ToMeReducer` | similarity of keys alone (Bolya et al. 2023): r tokens per block, between attention and FFN | merged |
 | `AttentionReducer` | class attention of the nearest attention | discarded, or merged |
-| `RandomReducer` | chance (the paper's Table 2) | discarded, or merged |
+| `RandomReducer` | chance (the paper's Table 2) | discarded |
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,7 @@ from iared2.handover import OnDrop, hand_over, matching_macs
 from iared2.interpreter import relative_log
 from iared2.keep import KeepRule, TopK
 from iared2.reducers.base import Reducer, Reduction
+from iared2.seeds import uniform_per_image
 from iared2.tokens.packed import PackedTokens, merge, select_places
 
 
@@ -70,65 +72,69 @@ class ToMeReducer(Reducer):
         return ((entering - odd) * odd + entering) * self.key_width
 
 
-class AttentionReducer(Reducer):
-    """Keeps the patches that the class token attends to most, mean over heads."""
+class _Untrained(Reducer):
+    """What the two baselines below share: scores by `scores`, a keep rule, and one of the hand-overs.
 
-    wants_class = True
+    Args:
+        width: D, for the count of multiply-adds.
+    """
 
     def __init__(self, rule: KeepRule, on_drop: OnDrop, width: int) -> None:
         super().__init__()
         self.rule, self.on_drop, self.width = rule, on_drop, width
+        self.merges = self.wants_keys = on_drop == "merge"
 
-    @property
-    def merges(self) -> bool:  # type: ignore[override]
-        return self.on_drop == "merge"
-
-    @property
-    def wants_keys(self) -> bool:  # type: ignore[override]
-        return self.merges
+    @abstractmethod
+    def scores(self, tokens: PackedTokens, class_TH: Float[Tensor, "T H"] | None) -> Float[Tensor, " T"]:
+        """One score per row; those of prefix rows mean nothing."""
 
     def forward(
         self, tokens: PackedTokens, key_THK: Float[Tensor, "T H K"] | None, class_TH: Float[Tensor, "T H"] | None = None
     ) -> Reduction:
+        score_T = self.scores(tokens, class_TH)
+        chosen = self.rule(score_T, tokens.layout)
+        features = None if key_THK is None else key_THK.flatten(1)
+        return Reduction(tokens.layout, score_T, chosen, hand_over(tokens, chosen, self.on_drop, features))
+
+    def macs(self, entering: int, kept: int) -> int:
+        return matching_macs(entering - kept, kept, self.width) if self.merges else 0
+
+
+class AttentionReducer(_Untrained):
+    """Keeps the patches that the class token attends to most, mean over heads."""
+
+    wants_class = True
+
+    def scores(self, tokens: PackedTokens, class_TH: Float[Tensor, "T H"] | None) -> Float[Tensor, " T"]:
         if class_TH is None:
             raise ValueError("class attention: the class token's logits are needed; reduce behind an attention layer")
         logit_TH = relative_log(class_TH, tokens.layout)
         if tokens.mass_T is not None:
             logit_TH = logit_TH + tokens.mass_T.log()[:, None]
         share_T = logit_TH.exp().mean(1)
-        score_T = share_T / (1 + share_T)
-        chosen = self.rule(score_T, tokens.layout)
-        features = None if key_THK is None else key_THK.flatten(1)
-        return Reduction(tokens.layout, score_T, chosen, hand_over(tokens, chosen, self.on_drop, features))
+        return share_T / (1 + share_T)
 
     def macs(self, entering: int, kept: int) -> int:
-        return entering * self.width + (matching_macs(entering - kept, kept, self.width) if self.merges else 0)
+        return entering * self.width + super().macs(entering, kept)
 
 
-class RandomReducer(Reducer):
-    """Keeps a random share of the patches; which ones depends on `seed` and on the order of images alone."""
+class RandomReducer(_Untrained):
+    """Keeps a random share of the patches, and discards the others.
 
-    def __init__(self, ratio: float, on_drop: OnDrop = "discard", seed: int = 0) -> None:
-        super().__init__()
-        self.rule, self.on_drop = TopK(ratio), on_drop
+    In training the draws are the batch's own, so that a resumed run repeats them; elsewhere they come from a generator of `seed`.
+    """
+
+    def __init__(self, ratio: float, seed: int = 0) -> None:
+        super().__init__(TopK(ratio), "discard", width=0)  # nothing is matched
         self._draw = torch.Generator().manual_seed(seed)
 
-    @property
-    def merges(self) -> bool:  # type: ignore[override]
-        return self.on_drop == "merge"
-
-    def forward(
-        self, tokens: PackedTokens, key_THK: Float[Tensor, "T H K"] | None, class_TH: Float[Tensor, "T H"] | None = None
-    ) -> Reduction:
+    def scores(self, tokens: PackedTokens, class_TH: Float[Tensor, "T H"] | None) -> Float[Tensor, " T"]:
         del class_TH
-        score_T = torch.rand(tokens.x_TD.shape[0], generator=self._draw).to(tokens.x_TD.device)
-        chosen = self.rule(score_T, tokens.layout)
-        features = None if key_THK is None else key_THK.flatten(1)
-        return Reduction(tokens.layout, score_T, chosen, hand_over(tokens, chosen, self.on_drop, features))
-
-    def macs(self, entering: int, kept: int) -> int:
-        del entering, kept
-        return 0
+        layout = tokens.layout
+        drawn_BN = uniform_per_image(layout.images, layout.places, tokens.x_TD.device)
+        if drawn_BN is None:
+            drawn_BN = torch.rand(layout.images, layout.places, generator=self._draw).to(tokens.x_TD.device)
+        return drawn_BN[layout.image_T, layout.origin_T.clamp(min=0)]
 
 
 def with_reducers(model: torch.nn.Module, reducers: Sequence[Reducer]) -> None:
