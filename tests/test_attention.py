@@ -91,7 +91,7 @@ def layout_for(impl: str, lengths: list[int]) -> Layout:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("mass", [False, True], ids=["plain", "mass"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-@pytest.mark.parametrize("impl", ["auto", "uniform", "segments", "masked", "operator"])
+@pytest.mark.parametrize("impl", ["auto", "uniform", "buckets", "masked", "operator"])
 def test_every_implementation_is_as_exact_as_pytorch(impl, lengths, mass, backward, dtype):
     if impl == "uniform" and len(set(lengths)) > 1:
         with pytest.raises(ConfigError, match="different lengths"):
@@ -103,7 +103,7 @@ def test_every_implementation_is_as_exact_as_pytorch(impl, lengths, mass, backwa
 @DTYPES
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=7), mass=st.booleans(), backward=st.booleans(), seed=st.integers(0, 99))
 def test_random_lengths(dtype, lengths, mass, backward, seed):
-    for impl in ["auto", "segments", "operator", *(["uniform"] if len(set(lengths)) == 1 else [])]:
+    for impl in ["auto", "buckets", "operator", *(["uniform"] if len(set(lengths)) == 1 else [])]:
         check(impl, layout_for(impl, lengths), lengths, dtype, mass, backward, seed)
 
 
@@ -114,7 +114,7 @@ def test_the_masked_reference_is_attention_written_out(lengths, mass, seed):
     assert torch.allclose(attend(q, k, v, lengths_layout(lengths), m, impl="masked"), wanted, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["segments", "uniform", "masked"])
+@pytest.mark.parametrize("impl", ["buckets", "uniform", "masked"])
 def test_mass_has_a_gradient_too(impl):
     lengths = [4, 4]
     layout = layout_for(impl, lengths)
@@ -129,19 +129,20 @@ def test_mass_has_a_gradient_too(impl):
 def test_images_without_tokens_are_skipped():
     lengths = [3, 0, 2, 0]
     q, k, v, back, _ = tensors(lengths, torch.float32, False, 0)
-    for impl in ("segments", "operator"):
+    for impl in ("buckets", "operator"):
         got = run(ours(impl, lengths_layout(lengths)), [q, k, v, back, None], torch.float32, True)
         wanted = run(ours(impl, lengths_layout([3, 2])), [q, k, v, back, None], torch.float32, True)
-        assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+        for g, w in zip(got, wanted, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
 
 
 def test_unknown_implementation_lists_the_known():
     q, k, v, _, _ = tensors([2], torch.float32, False, 0)
-    with pytest.raises(ConfigError, match="got impl='fast', wanted one of auto, uniform, varlen, segments, masked"):
+    with pytest.raises(ConfigError, match="got impl='fast', wanted one of auto, uniform, varlen, buckets, masked"):
         attend(q, k, v, lengths_layout([2]), impl="fast")
 
 
-@pytest.mark.parametrize("impl", ["uniform", "segments", "masked"])
+@pytest.mark.parametrize("impl", ["uniform", "buckets", "masked"])
 def test_dropout_drops_weights_and_keeps_the_mean(impl):
     lengths = [16, 16]
     layout = layout_for(impl, lengths)

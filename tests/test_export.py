@@ -37,6 +37,21 @@ def test_top_k_runs_in_onnxruntime(name, on_drop, tmp_path):
         torch.testing.assert_close(torch.from_numpy(got), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_chances_that_know_of_better_tokens_run_there_too(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    options = {"rule": "top_k", "ratios": (0.7, 0.3), "place": "between", "on_drop": "merge", "worth": iared2.worth.WorthConfig()}
+    model = iared2.reduce(FAMILIES["deit"].build(), 2, **options).eval()
+    for reducer in model.reducers:
+        torch.nn.init.normal_(reducer.interpreter.query.weight, std=0.7)
+    session = onnxruntime.InferenceSession(export.export_onnx(model, tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    images = torch.randn(3, 3, 32, 32)
+    (got,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(got), model(images), rtol=1e-4, atol=1e-4)
+
+
 def test_other_rules_are_refused(tmp_path):
     model = _model("deit", "discard", rule="threshold")
     with pytest.raises(ConfigError, match=r"configure\(rule='top_k', ratios=\(0.7, 0.49,\)\)"):

@@ -14,6 +14,7 @@ from iared2.curriculum import StagePlan
 from iared2.errors import ConfigError
 from iared2.keep import Given
 from iared2.model import reduce
+from iared2.reducers.iared2 import Judged
 from iared2.reward import EstimatorConfig, RewardConfig
 from iared2.seeds import draws_of_batch
 from iared2.tokens.packed import pack, scatter_places
@@ -40,7 +41,7 @@ def test_the_masked_pass_is_the_really_dropped_pass(pool: str) -> None:
         keep_T = straight_through(score_T, state.tokens.layout, 1.0)
         keep_BN = scatter_places((keep_T > 0.5).long(), state.tokens.layout) > 0
         assert 0.2 < keep_BN.float().mean() < 0.8
-        reduction = model.reducers[1].apply_rule(Given(keep_BN), score_T, state.tokens, state.key_THK)
+        reduction = model.reducers[1].apply_rule(Given(keep_BN), state.tokens, Judged(score_T, score_T))
         dropped, masked = task.finish(state, reduction), task.masked(state, keep_T)
         dense = task.masked(state, torch.ones_like(keep_T))
     assert torch.allclose(masked, dropped, atol=1e-6)
@@ -118,7 +119,8 @@ def test_without_a_classifier_the_reward_is_the_cosine_to_the_own_embedding() ->
     state = task.frozen_prefix(examples)
     with torch.no_grad():
         keep_BN = torch.rand(8, 16) < 0.4
-        reduction = task.reducer.apply_rule(Given(keep_BN), torch.rand(len(state.tokens.x_TD)), state.tokens, None)
+        score_T = torch.rand(len(state.tokens.x_TD))
+        reduction = task.reducer.apply_rule(Given(keep_BN), state.tokens, Judged(score_T, score_T))
         got = task._reward(state, reduction, task.dense_log_p(examples))
         cosine = F.cosine_similarity(task.finish(state, reduction), model.backbone(examples["images"]), dim=1)
     assert cosine.std() > 1e-4

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import packs
 from iared2.tokens.grid import to_map, to_pixels
-from iared2.tokens.packed import GONE, Selection, merge, pack, scatter_places, select, select_places, take, to_grid
+from iared2.tokens.packed import GONE, Selection, gone_rows, merge, pack, scatter_places, select, select_places, take, to_grid
 from packs import PLACES, make_layout, make_pack, rows_of
 
 PREFIX = st.integers(0, 3)
@@ -67,6 +67,12 @@ def test_select_places_equals_select(prefix, images, k, seed):
     assert one.cu_B1.dtype == torch.int32
 
 
+def merged(tokens, chosen: Selection, carrier_T: torch.Tensor, **options):
+    """`merge`, told who carries every row."""
+    gone_G = gone_rows(chosen, len(carrier_T))
+    return merge(tokens, chosen, gone_G, carrier_T[gone_G], **options)
+
+
 def random_carriers(tokens, chosen: Selection, draw: torch.Generator) -> torch.Tensor:
     """Each row goes to itself if chosen, else to any chosen patch of its image, or is lost."""
     carrier_T, stays = torch.full((len(tokens.x_TD),), GONE), set(chosen.index_S.tolist())
@@ -97,7 +103,7 @@ def test_repeated_merges_are_means_over_patches(kept, prefix, steps, seed):
                     del truth[image][place]
                 else:
                     truth[image][place] = int(tokens.layout.origin_T[goal])
-        tokens = merge(tokens, chosen, carrier_T)
+        tokens = merged(tokens, chosen, carrier_T)
     start = {(int(i), int(o)): x for i, o, x in zip(first.layout.image_T, first.layout.origin_T, first.x_TD, strict=True)}
     for image, rows in enumerate(rows_of(tokens.layout)):
         assert tokens.carrier_BN[image].tolist() == [truth[image].get(p, GONE) for p in range(PLACES)]
@@ -115,7 +121,7 @@ def test_to_grid_fills_every_place_by_its_carrier(kept, prefix, seed):
     tokens = make_pack(kept, prefix)
     draw = torch.Generator().manual_seed(seed)
     chosen = select(packs.keep_mask(tokens.layout, draw), tokens.layout)
-    tokens = merge(tokens, chosen, random_carriers(tokens, chosen, draw))
+    tokens = merged(tokens, chosen, random_carriers(tokens, chosen, draw))
     prefix_BLD, patch_BND = to_grid(tokens)
     for image, rows in enumerate(rows_of(tokens.layout)):
         assert torch.equal(prefix_BLD[image], tokens.x_TD[rows[:prefix]])
@@ -126,8 +132,8 @@ def test_to_grid_fills_every_place_by_its_carrier(kept, prefix, seed):
 
 def test_a_token_that_receives_nothing_keeps_its_bits():
     tokens = make_pack([[0, 1, 2]], 0, dtype=torch.float32)
-    tokens = merge(tokens, select(torch.tensor([True, True, False]), tokens.layout), torch.tensor([0, 1, 0]))
-    after = merge(tokens, select(torch.tensor([True, True]), tokens.layout), torch.tensor([0, 1]))
+    tokens = merged(tokens, select(torch.tensor([True, True, False]), tokens.layout), torch.tensor([0, 1, 0]))
+    after = merged(tokens, select(torch.tensor([True, True]), tokens.layout), torch.tensor([0, 1]))
     assert torch.equal(after.x_TD, tokens.x_TD)
 
 
@@ -137,7 +143,7 @@ def test_masses_are_counted_exactly_in_half_precision(dtype):
     patches = 24 * 24
     tokens = pack(torch.ones(1, patches, 2, dtype=dtype), 0, (24, 24))
     keep_T = torch.arange(patches) == 5
-    tokens = merge(tokens, select(keep_T, tokens.layout), torch.full((patches,), 5))
+    tokens = merged(tokens, select(keep_T, tokens.layout), torch.full((patches,), 5))
     assert tokens.mass_T.tolist() == [patches] and tokens.x_TD.dtype == dtype
     assert (tokens.x_TD == 1).all()
 
@@ -157,7 +163,7 @@ def test_scatter_places(kept, prefix):
 def test_gradients_pass_through_merge_to_all_that_was_averaged():
     tokens = make_pack([[0, 1, 2, 3]], 1)
     x_TD = tokens.x_TD.requires_grad_()
-    after = merge(tokens, select(torch.tensor([True, True, False, False, True]), tokens.layout), torch.tensor([0, 1, 1, 1, 4]))
+    after = merged(tokens, select(torch.tensor([True, True, False, False, True]), tokens.layout), torch.tensor([0, 1, 1, 1, 4]))
     after.x_TD[1].sum().backward()
     assert torch.allclose(x_TD.grad, torch.tensor([0, 1 / 3, 1 / 3, 1 / 3, 0]).double()[:, None].expand(-1, 4))
 

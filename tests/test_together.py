@@ -162,7 +162,7 @@ def test_walks_are_an_unbiased_estimate_of_the_rewards_gradient(monkeypatch):
     with torch.no_grad():
         state = reduced.walk_to(reduced.start(data["images"]), 0, ())
     reducer = reduced.reducers[0]
-    chance_N = reducer.chance(reducer.interpreter(state.tokens, state.class_TH), state.tokens, state.key_THK)[1:]
+    chance_N = reducer.judge(reducer.interpreter(state.tokens, state.class_TH), state.tokens, state.key_THK).chance_T[1:]
     p = [torch.where(mask, chance_N, 1 - chance_N).prod() for mask in masks]
     reward = []
     for mask in masks:

@@ -20,6 +20,7 @@ from iared2.curriculum import StagePlan, algorithm_1
 from iared2.errors import ConfigError, TrainingError
 from iared2.keep import Threshold
 from iared2.model import reduce
+from iared2.reducers.iared2 import Judged
 from iared2.reward import EstimatorConfig, RewardConfig
 from iared2.tokens.packed import scatter_places
 from iared2.train.checkpoint import Place, latest_checkpoint, save_checkpoint
@@ -197,7 +198,7 @@ def test_a_soft_reward_is_the_degree_of_agreement_with_the_dense_model() -> None
     scores = torch.rand(len(state.tokens.x_TD))
     for threshold in (-1.0, 0.5, 2.0):
         with torch.no_grad():
-            reduction = task.reducer.apply_rule(Threshold(threshold), scores, state.tokens, state.key_THK)
+            reduction = task.reducer.apply_rule(Threshold(threshold), state.tokens, Judged(scores, scores))
             got = task._reward(state, reduction, task.dense_log_p(batch))
             p, q = model.backbone(batch["images"]).softmax(1), task.finish(state, reduction).softmax(1)
         degree = torch.exp(-(p * (p / q).log()).sum(1))

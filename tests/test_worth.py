@@ -10,8 +10,10 @@ import oracle
 from families import FAMILIES
 from iared2.errors import ConfigError
 from iared2.interpreter import InterpreterConfig, relative_log
+from iared2.similarity import compare, nearest_better
 from iared2.tokens.attention import class_logits
-from iared2.worth import Worth, WorthConfig, _nearest_padded, nearest_better
+from iared2.tokens.padded import one_bucket
+from iared2.worth import Worth, WorthConfig, relevance
 from packs import make_pack, rows_of, seeds, some_places
 
 images = st.lists(some_places, min_size=1, max_size=4)
@@ -23,6 +25,12 @@ def worth(redundancy: float = 0.7, offset: float = -0.4, steepness: float = 2.5)
     return module
 
 
+def chances(module: Worth, score_T: torch.Tensor, tokens, feature_TF: torch.Tensor | None = None) -> torch.Tensor:
+    """Chances by cosines of features, or of the tokens themselves."""
+    features = tokens.x_TD if feature_TF is None else feature_TF
+    return module(score_T, tokens, compare(features, tokens.layout, relevance(score_T, tokens).detach()))
+
+
 @given(images, seeds, st.booleans())
 @settings(deadline=None)
 def test_chances_are_the_oracles(kept, seed, weighed):
@@ -32,7 +40,7 @@ def test_chances_are_the_oracles(kept, seed, weighed):
     feature_TF = torch.randn(len(tokens.x_TD), 6, dtype=torch.float64, generator=draw)
     if weighed:
         tokens = type(tokens)(tokens.x_TD, tokens.layout, torch.randint(1, 9, score_T.shape, generator=draw).double())
-    chance_T = worth()(score_T, tokens, feature_TF)
+    chance_T = chances(worth(), score_T, tokens, feature_TF)
     for rows in rows_of(tokens.layout):
         patches = rows[2:]
         mass = [1.0] * len(patches) if tokens.mass_T is None else tokens.mass_T[patches].tolist()
@@ -46,9 +54,10 @@ def test_the_padded_comparison_of_accelerators_is_the_loop(kept, seed):
     tokens = make_pack(kept, prefix=1, seed=seed)
     layout, draw = tokens.layout, torch.Generator().manual_seed(seed)
     relevance_T = torch.randint(1, 4, (len(tokens.x_TD),), generator=draw).double()  # ties
-    found_T = nearest_better(tokens.x_TD, relevance_T, layout)
-    unit_TF = torch.nn.functional.normalize(tokens.x_TD, dim=-1)
-    torch.testing.assert_close(_nearest_padded(unit_TF, relevance_T, layout.cu_B1, layout.prefix, layout.longest), found_T)
+    found_T = nearest_better(compare(tokens.x_TD, layout, relevance_T))
+    for longest in (layout.longest, layout.longest + 2):
+        layout.__dict__["_padding"] = one_bucket(layout.cu_B1, layout.image_T, longest)
+        torch.testing.assert_close(nearest_better(compare(tokens.x_TD, layout, relevance_T)), found_T)
     assert (found_T[~layout.is_patch_T] == -1).all()
 
 
@@ -57,7 +66,7 @@ def test_equal_lengths_take_the_batched_path_to_the_same_answer():
     ragged, uniform = make_pack(kept, seed=3), make_pack(kept, seed=3, uniform=True)
     relevance_T = torch.tensor([0.0, 3, 1, 2, 0, 5, 5, 1], dtype=torch.float64)
     torch.testing.assert_close(
-        nearest_better(uniform.x_TD, relevance_T, uniform.layout), nearest_better(ragged.x_TD, relevance_T, ragged.layout)
+        nearest_better(compare(uniform.x_TD, uniform.layout, relevance_T)), nearest_better(compare(ragged.x_TD, ragged.layout, relevance_T))
     )
 
 
@@ -66,7 +75,7 @@ def test_of_two_copies_one_stays():
     tokens = make_pack([[0, 1, 2]], prefix=1)
     x_TD = tokens.x_TD.clone()
     x_TD[2] = x_TD[1]
-    chance_T = worth(redundancy=1.0, offset=0.0)(torch.full((4,), 0.5, dtype=torch.float64), tokens.with_x(x_TD), None)
+    chance_T = chances(worth(redundancy=1.0, offset=0.0), torch.full((4,), 0.5, dtype=torch.float64), tokens.with_x(x_TD))
     assert chance_T[2] < 1e-6
     assert chance_T[1] > 0.3
 
@@ -85,8 +94,8 @@ def test_gradients_reach_the_scores_and_both_weights():
     tokens = make_pack([[0, 1, 2, 5], [3, 4]], prefix=1)
     score_T = torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).add_(0.1).requires_grad_()
     module = worth()
-    assert torch.autograd.gradcheck(lambda s: module(s, tokens, None)[tokens.layout.is_patch_T], (score_T,))
-    module(score_T, tokens, None)[tokens.layout.is_patch_T].sum().backward()
+    assert torch.autograd.gradcheck(lambda s: chances(module, s, tokens)[tokens.layout.is_patch_T], (score_T,))
+    chances(module, score_T, tokens)[tokens.layout.is_patch_T].sum().backward()
     assert module.redundancy.grad.abs() > 1e-3 and module.offset.grad.abs() > 1e-3
 
 

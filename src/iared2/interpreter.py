@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from iared2.errors import ConfigError
 from iared2.settings import Settings
 from iared2.tokens.packed import Layout, PackedTokens, best_of_patches, sum_of_patches
+from iared2.tokens.padded import times_own_matrix
 
 
 class InterpreterConfig(Settings):
@@ -192,11 +193,8 @@ class Interpreter(nn.Module):
         query_HKD = self.query.weight.to(x_TD.dtype).view(self.heads, -1, self.width)
         weight_BHD = torch.einsum("bhk,hkd->bhd", key_BHK, query_HKD)
         bias_BH = (key_BHK * self.query.bias.to(x_TD.dtype).view(self.heads, -1)).sum(-1)
-        if layout.uniform is not None:
-            product = torch.bmm(x_TD.view(layout.images, layout.uniform, -1), weight_BHD.transpose(1, 2)).reshape(-1, self.heads)
-        else:  # head by head: (T, H, D) at once would be large
-            product = torch.stack([(x_TD * weight_BHD[:, h][layout.image_T]).sum(-1) for h in range(self.heads)], dim=-1)
-        return _at_least_fp32(product + bias_BH[layout.image_T]) * self._scale
+        product_TH = times_own_matrix(x_TD, weight_BHD.transpose(1, 2), layout.padding)
+        return (product_TH + bias_BH[layout.image_T]) * self._scale
 
     def macs(self, patches: int) -> int:
         """Multiply-adds for scoring `patches` patch tokens of one image at inference."""

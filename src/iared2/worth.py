@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from iared2.settings import Settings
-from iared2.tokens.packed import Layout, PackedTokens, sum_of_patches
+from iared2.similarity import Cosines, nearest_better
+from iared2.tokens.packed import PackedTokens, sum_of_patches
 
 _LEAST = 1e-6  # of a relevance or a distance, so that logarithms stay finite
 
@@ -44,92 +44,27 @@ class Worth(nn.Module):
         """Whether similarities are looked at."""
         return self.config.redundancy > 0
 
-    def forward(self, score_T: Float[Tensor, " T"], tokens: PackedTokens, features_TF: Float[Tensor, "T F"] | None) -> Float[Tensor, " T"]:
+    def forward(self, score_T: Float[Tensor, " T"], tokens: PackedTokens, cosines: Cosines | None) -> Float[Tensor, " T"]:
         """The chance of every row (of prefix rows it means nothing).
 
         Args:
-            features_TF: what similarity is measured on; None means the tokens themselves.
+            cosines: similarities, ordered by `relevance`; unused without redundancy.
         """
-        z_T = self.logits(score_T, tokens, features_TF)
+        z_T = self.logits(score_T, tokens, cosines)
         return (self.config.steepness * (z_T - self.offset)).sigmoid()
 
-    def logits(self, score_T: Float[Tensor, " T"], tokens: PackedTokens, features_TF: Float[Tensor, "T F"] | None) -> Float[Tensor, " T"]:
+    def logits(self, score_T: Float[Tensor, " T"], tokens: PackedTokens, cosines: Cosines | None) -> Float[Tensor, " T"]:
         """z of every row."""
-        layout = tokens.layout
-        relevance_T = score_T if tokens.mass_T is None else score_T * tokens.mass_T
+        layout, relevance_T = tokens.layout, relevance(score_T, tokens)
         patches_B = (layout.length_B - layout.prefix).clamp(min=1)
         mean_B = sum_of_patches(relevance_T, layout) / patches_B
         z_T = (relevance_T.clamp(min=_LEAST) / mean_B.clamp(min=_LEAST)[layout.image_T]).log()
-        if not self.compares:
+        if not self.compares or cosines is None:
             return z_T
-        features_TF = tokens.x_TD if features_TF is None else features_TF
-        similar_T = nearest_better(features_TF.detach(), relevance_T.detach(), layout)
+        similar_T = nearest_better(cosines).to(z_T.dtype)
         return z_T + self.redundancy * (1 - similar_T).clamp(min=_LEAST).log()
 
-    def macs(self, entering: int, features: int) -> int:
-        """Multiply-adds of comparing the patches of one image with one another, and of the norms."""
-        return entering * (entering + 1) * features if self.compares else 0
 
-
-def nearest_better(features_TF: Float[Tensor, "T F"], relevance_T: Float[Tensor, " T"], layout: Layout) -> Float[Tensor, " T"]:
-    """Each patch row's largest cosine to a patch of more relevance in its image; -1 where there is none, and for prefix rows."""
-    if layout.uniform is not None:
-        images, length, prefix = layout.images, layout.uniform, layout.prefix
-        patch_BPF = features_TF.view(images, length, -1)[:, prefix:]
-        found_BP = _nearest(F.normalize(patch_BPF, dim=-1), relevance_T.view(images, length)[:, prefix:])
-        return F.pad(found_BP, (prefix, 0), value=-1.0).reshape(-1)
-    if torch.compiler.is_compiling():
-        return torch.ops.iared2.nearest_better(features_TF, relevance_T, layout.cu_B1, layout.prefix, layout.longest)
-    offsets = layout.offsets if features_TF.device.type == "cpu" else None  # elsewhere the host would have to wait for them
-    return _nearest_ragged(features_TF, relevance_T, layout.cu_B1, layout.prefix, layout.longest, offsets)
-
-
-def _nearest(unit_PF: Float[Tensor, "*B P F"], relevance_P: Float[Tensor, "*B P"]) -> Float[Tensor, "*B P"]:
-    """Of two equally relevant patches the earlier one counts as better, so that copies do not vouch for each other."""
-    similar_PP = unit_PF @ unit_PF.transpose(-1, -2)
-    row_P = torch.arange(relevance_P.shape[-1], device=relevance_P.device)
-    mine, other = relevance_P[..., :, None], relevance_P[..., None, :]
-    better_PP = (other > mine) | ((other == mine) & (row_P[None, :] < row_P[:, None]))
-    found_P = similar_PP.to(relevance_P.dtype).masked_fill(~better_PP, -1.0).amax(-1)
-    return found_P.clamp(-1.0, 1.0)
-
-
-def _nearest_ragged(
-    features_TF: Tensor, relevance_T: Tensor, cu_B1: Tensor, prefix: int, longest: int, offsets: list[int] | None = None
-) -> Tensor:
-    if features_TF.device.type != "cpu":
-        return _nearest_padded(F.normalize(features_TF, dim=-1), relevance_T, cu_B1, prefix, longest)
-    found_T = relevance_T.new_full(relevance_T.shape, -1.0)
-    bounds = cu_B1.tolist() if offsets is None else offsets
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        rows = slice(start + prefix, stop)
-        if stop - start > prefix:
-            found_T[rows] = _nearest(F.normalize(features_TF[rows], dim=-1), relevance_T[rows])
-    return found_T
-
-
-def _nearest_padded(unit_TF: Tensor, relevance_T: Tensor, cu_B1: Tensor, prefix: int, longest: int) -> Tensor:
-    """One batched product on accelerators, where a loop over images would wait B times. Only this comparison is padded."""
-    images, rows = len(cu_B1) - 1, unit_TF.shape[0]
-    start_B = cu_B1[:-1].long()
-    row_T = torch.arange(rows, device=unit_TF.device)
-    image_T = torch.bucketize(row_T, cu_B1[1:].long(), right=True)
-    within_T = row_T - start_B[image_T]
-    flat_T = image_T * longest + within_T
-    padded = unit_TF.new_zeros(images * longest, unit_TF.shape[1]).index_copy(0, flat_T, unit_TF).view(images, longest, -1)
-    # Prefix rows and padding are never better than anybody.
-    own_T = relevance_T.masked_fill(within_T < prefix, float("-inf"))
-    relevance = relevance_T.new_full((images * longest,), float("-inf")).index_copy(0, flat_T, own_T).view(images, longest)
-    found_T = _nearest(padded, relevance).view(-1)[flat_T]
-    return torch.where(within_T < prefix, -1.0, found_T)
-
-
-@torch.library.custom_op("iared2::nearest_better", mutates_args=())
-def _nearest_op(features_TF: Tensor, relevance_T: Tensor, cu_B1: Tensor, prefix: int, longest: int) -> Tensor:
-    """`nearest_better` as one opaque operator, so that compiled graphs need not know the lengths."""
-    return _nearest_ragged(features_TF, relevance_T, cu_B1, prefix, longest)
-
-
-@_nearest_op.register_fake
-def _nearest_shape(features_TF: Tensor, relevance_T: Tensor, cu_B1: Tensor, prefix: int, longest: int) -> Tensor:
-    return torch.empty_like(relevance_T)
+def relevance(score_T: Float[Tensor, " T"], tokens: PackedTokens) -> Float[Tensor, " T"]:
+    """A token's score times the patches that it stands for."""
+    return score_T if tokens.mass_T is None else score_T * tokens.mass_T

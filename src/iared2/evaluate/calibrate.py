@@ -133,8 +133,8 @@ class Calibrator:
             states = [self.model.walk_to(state, group, reduce=()) for state in states]
             chances = []
             for state in states:
-                chance_T = reducer.chance(reducer.interpreter(state.tokens, state.class_TH), state.tokens, state.key_THK)
-                chances.append(chance_T[state.tokens.layout.is_patch_T].double())
+                judged = reducer.judge(reducer.interpreter(state.tokens, state.class_TH), state.tokens, state.key_THK)
+                chances.append(judged.chance_T[state.tokens.layout.is_patch_T].double())
             found.append(_boundary(torch.cat(chances), round(ratio * self.pictures * states[0].tokens.layout.places)))
             reducer.rule = Threshold(found[-1], self.model.adapter.needs_patch)
             states = [self.model.reduce_with(state, group) for state in states]
@@ -173,7 +173,7 @@ class Calibrator:
         """Starts where the mean picture would cost `share`; pictures that keep different numbers cost a little more than it."""
         power = solve_power(self.share_of, family, share)
         low, high = (0.0, 1.0), (12.0, self.share_of(powered(family, 12.0)))  # powers and what they cost
-        expected = self._at(family, power)
+        expected = self.at(family, power)
         for _ in range(8):
             if abs(expected.share - share) < TOLERANCE:
                 break
@@ -183,7 +183,7 @@ class Calibrator:
                 high = (power, expected.share)
             part = (low[1] - share) / max(low[1] - high[1], 1e-9)
             power = low[0] + min(0.9, max(0.1, part)) * (high[0] - low[0])
-            expected = self._at(family, power)
+            expected = self.at(family, power)
         return expected
 
     def to_disagreement(self, allowed: float) -> Expectation:
@@ -196,14 +196,14 @@ class Calibrator:
         low, high, best = 0.0, 4.0, None
         for _ in range(8):
             middle = (low + high) / 2
-            found = self._at(family, middle)
+            found = self.at(family, middle)
             if 100 - found.agreement <= allowed:
                 low, best = middle, (middle, found)
             else:
                 high = middle
         if best is None:
             raise ConfigError(f"disagreement: got {allowed:g} %, which no schedule of this model reaches on these pictures; allow more")
-        return self.with_slope(self._at(family, best[0]))
+        return self.with_slope(self.at(family, best[0]))
 
     def to_milliseconds(self, wanted: float) -> Expectation:
         """Thresholds at which an image takes `wanted` milliseconds here, at the batch size of the pictures.
@@ -241,12 +241,12 @@ class Calibrator:
                 each[group] = 0.5
         self.model.threshold = tuple(each)
 
-    def _at(self, family: Sequence[float], power: float) -> Expectation:
+    def at(self, family: Sequence[float], power: float) -> Expectation:
         self.thresholds_for(powered(family, power))
         return self.measure()
 
     def _timed(self, family: Sequence[float], power: float) -> tuple[Expectation, float]:
-        expected = self._at(family, power)
+        expected = self.at(family, power)
         device, times = self.batches[0].device, []
         with torch.inference_mode():
             self.model(self.batches[0])

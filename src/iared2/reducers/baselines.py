@@ -20,6 +20,7 @@ from iared2.interpreter import relative_log
 from iared2.keep import KeepRule, TopK
 from iared2.reducers.base import Reducer, Reduction
 from iared2.seeds import uniform_per_image
+from iared2.similarity import compare
 from iared2.tokens.packed import PackedTokens, merge, select_places
 
 
@@ -61,10 +62,9 @@ class ToMeReducer(Reducer):
         rows_BK = keep.nonzero()[:, 1].view(images, -1) + prefix
         chosen = select_places(rows_BK, layout)
         start_B1 = torch.arange(images, device=gone.device)[:, None] * length + prefix
-        carrier_T = torch.arange(images * length, device=gone.device)
-        carrier_T[(start_B1 + 2 * gone).flatten()] = (start_B1 + 2 * which.gather(1, gone) + 1).flatten()
+        gone_G, carrier_G = (start_B1 + 2 * gone).flatten(), (start_B1 + 2 * which.gather(1, gone) + 1).flatten()
         score_T = F.pad(score_BP, (prefix, 0)).flatten()
-        return Reduction(layout, score_T.float(), chosen, merge(tokens, chosen, carrier_T))
+        return Reduction(layout, score_T.float(), chosen, merge(tokens, chosen, gone_G, carrier_G))
 
     def macs(self, entering: int, kept: int) -> int:
         del kept
@@ -93,8 +93,9 @@ class _Untrained(Reducer):
     ) -> Reduction:
         score_T = self.scores(tokens, class_TH)
         chosen = self.rule(score_T, tokens.layout)
-        features = None if key_THK is None else key_THK.flatten(1)
-        return Reduction(tokens.layout, score_T, chosen, hand_over(tokens, chosen, self.on_drop, features))
+        features_TF = tokens.x_TD if key_THK is None else key_THK.flatten(1)
+        cosines = compare(features_TF, tokens.layout) if self.merges else None
+        return Reduction(tokens.layout, score_T, chosen, hand_over(tokens, chosen, self.on_drop, cosines))
 
     def macs(self, entering: int, kept: int) -> int:
         return matching_macs(entering - kept, kept, self.width) if self.merges else 0

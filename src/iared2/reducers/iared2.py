@@ -1,14 +1,30 @@
 """The paper's reducer: a multi-head interpreter, a keep rule, and a hand-over."""
 
+from dataclasses import dataclass
+
 from jaxtyping import Float
 from torch import Tensor
 
-from iared2.handover import OnDrop, hand_over, matching_macs
+from iared2.handover import OnDrop, comparing_macs, hand_over, matching_macs
 from iared2.interpreter import Interpreter
 from iared2.keep import KeepRule
 from iared2.reducers.base import Reducer, Reduction
+from iared2.similarity import Cosines, compare
 from iared2.tokens.packed import PackedTokens
-from iared2.worth import Worth
+from iared2.worth import Worth, relevance
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Scored tokens: the scores, the chances that rules act on, and similarities where somebody needs them."""
+
+    score_T: Float[Tensor, " T"]
+    chance_T: Float[Tensor, " T"]
+    cosines: Cosines | None = None
+
+    def detach(self) -> "Judged":
+        """Without gradients."""
+        return Judged(self.score_T.detach(), self.chance_T.detach(), self.cosines)
 
 
 class InterpreterReducer(Reducer):
@@ -45,27 +61,25 @@ class InterpreterReducer(Reducer):
         self, tokens: PackedTokens, key_THK: Float[Tensor, "T H K"] | None, class_TH: Float[Tensor, "T H"] | None = None
     ) -> Reduction:
         score_T = self.interpreter(tokens, class_TH)
-        return self.apply_rule(self.rule, score_T, tokens, key_THK, self.chance(score_T, tokens, key_THK))
+        return self.apply_rule(self.rule, tokens, self.judge(score_T, tokens, key_THK))
 
-    def chance(self, score_T: Float[Tensor, " T"], tokens: PackedTokens, key_THK: Tensor | None) -> Float[Tensor, " T"]:
-        """What rules act on: the score, or what a token of that score is worth."""
-        return score_T if self.worth is None else self.worth(score_T, tokens, None if key_THK is None else key_THK.flatten(1))
+    def judge(self, score_T: Float[Tensor, " T"], tokens: PackedTokens, key_THK: Tensor | None) -> Judged:
+        """What keep rules and hand-over need to know of scored tokens."""
+        features_TF = tokens.x_TD if key_THK is None else key_THK.flatten(1)
+        if self.worth is None:
+            cosines = compare(features_TF, tokens.layout) if self.merges else None
+            return Judged(score_T, score_T, cosines)
+        cosines = compare(features_TF, tokens.layout, relevance(score_T, tokens).detach()) if self.wants_keys else None
+        return Judged(score_T, self.worth(score_T, tokens, cosines), cosines)
 
-    def apply_rule(
-        self,
-        rule: KeepRule,
-        score_T: Float[Tensor, " T"],
-        tokens: PackedTokens,
-        key_THK: Tensor | None,
-        chance_T: Float[Tensor, " T"] | None = None,
-    ) -> Reduction:
-        """The reduction that `rule` makes of given chances, or of the scores (training applies several rules to the same scores)."""
-        chosen = rule(score_T if chance_T is None else chance_T, tokens.layout)
-        features = None if key_THK is None else key_THK.flatten(1)
-        return Reduction(tokens.layout, score_T, chosen, hand_over(tokens, chosen, self.on_drop, features, self.keep_length), chance_T)
+    def apply_rule(self, rule: KeepRule, tokens: PackedTokens, judged: Judged) -> Reduction:
+        """The reduction that `rule` makes of judged tokens (training applies several rules to the same)."""
+        chosen = rule(judged.chance_T, tokens.layout)
+        after = hand_over(tokens, chosen, self.on_drop, judged.cosines, self.keep_length)
+        return Reduction(tokens.layout, judged.score_T, chosen, after, None if self.worth is None else judged.chance_T)
 
     def macs(self, entering: int, kept: int) -> int:
         width = self.interpreter.width
-        matching = matching_macs(entering - kept, kept, width) if self.merges else 0
-        comparing = 0 if self.worth is None else self.worth.macs(entering, width)
-        return self.interpreter.macs(entering) + matching + comparing
+        if self.worth is not None and self.worth.compares:
+            return self.interpreter.macs(entering) + comparing_macs(entering, width)
+        return self.interpreter.macs(entering) + (matching_macs(entering - kept, kept, width) if self.merges else 0)

@@ -4,7 +4,7 @@
 |---|---|
 | `uniform`  | all images have the same length by construction: one call of PyTorch's fused attention |
 | `varlen`   | CUDA in half precision: one call of the variable-length flash kernel |
-| `segments` | elsewhere: one fused call per image, all writing into one output |
+| `buckets`  | elsewhere: one fused call per bucket of images of similar length, padded to the longest (`padded`) |
 | `masked`   | the readable reference: a block-diagonal mask over the whole pack, O(T^2) |
 
 Mass enters as log(mass) added to the scores of a key (ToMe, "proportional attention"). The variable-length
@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from iared2.errors import ConfigError
 from iared2.tokens.packed import Layout
+from iared2.tokens.padded import Padding, buckets_by_length, times_own_matrix
 
-IMPLEMENTATIONS = ("auto", "uniform", "varlen", "segments", "masked")
+IMPLEMENTATIONS = ("auto", "uniform", "varlen", "buckets", "masked")
 
 
 def attend(  # noqa: PLR0913, PLR0917 - q, k and v are one thing in three parts
@@ -46,14 +47,14 @@ def attend(  # noqa: PLR0913, PLR0917 - q, k and v are one thing in three parts
     bias_T = None if mass_T is None else mass_T.log().to(q_THK.dtype)
     if chosen == "uniform":
         if layout.uniform is None:
-            raise ConfigError("attention 'uniform': the images have different lengths; use 'segments' or 'auto'")
-        return _uniform(q_THK, k_THK, v_THV, bias_T, layout.uniform, dropout)
+            raise ConfigError("attention 'uniform': the images have different lengths; use 'buckets' or 'auto'")
+        return _padded(q_THK, k_THK, v_THV, bias_T, layout.padding, dropout)
     if chosen == "varlen":
         return _varlen(q_THK, k_THK, v_THV, bias_T, layout)
-    if chosen == "segments":
+    if chosen == "buckets":
         if torch.compiler.is_compiling() and dropout == 0:
             return torch.ops.iared2.segments(q_THK, k_THK, v_THV, bias_T, layout.cu_B1)
-        return _segments(q_THK, k_THK, v_THV, bias_T, layout.offsets, dropout)
+        return _padded(q_THK, k_THK, v_THV, bias_T, layout.padding, dropout)
     if chosen == "masked":
         return _masked(q_THK, k_THK, v_THV, bias_T, layout.image_T, dropout)
     raise ConfigError(f"attention: got impl={impl!r}, wanted one of {', '.join(IMPLEMENTATIONS)}")
@@ -63,7 +64,9 @@ def class_logits(q_THK: Float[Tensor, "T H K"], k_THK: Float[Tensor, "T H K"], l
     """What each image's first token attends to: q k^T / sqrt(K) of every row, mass left out, in fp32 at least."""
     exact = torch.promote_types(q_THK.dtype, torch.float32)
     first_BHK = q_THK[layout.cu_B1[:-1].long()].to(exact) * q_THK.shape[-1] ** -0.5
-    return (k_THK.to(exact) * first_BHK[layout.image_T]).sum(-1)
+    # Block-diagonal (B, H K, H): one product for all heads.
+    own_BFH = torch.diag_embed(first_BHK.transpose(1, 2)).transpose(1, 2).flatten(1, 2)
+    return times_own_matrix(k_THK.flatten(1), own_BFH, layout.padding)
 
 
 def _choose(q_THK: Tensor, layout: Layout, dropout: float) -> str:
@@ -71,7 +74,7 @@ def _choose(q_THK: Tensor, layout: Layout, dropout: float) -> str:
         return "uniform"
     if q_THK.is_cuda and q_THK.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
         return "varlen"
-    return "segments"
+    return "buckets"
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:
@@ -90,31 +93,21 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
 
 
-def _uniform(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, length: int, dropout: float) -> Tensor:
-    def heads_first(x: Tensor) -> Tensor:
-        return x.view(-1, length, *x.shape[1:]).transpose(1, 2)
-
-    bias = None if bias_T is None else bias_T.view(-1, 1, 1, length)
-    out = _fused(heads_first(q), heads_first(k), heads_first(v), bias, dropout)
-    return out.transpose(1, 2).reshape(v.shape)
-
-
-def _segments(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, offsets: list[int], dropout: float) -> Tensor:
-    if len(offsets) == 1:  # no image, no token
+def _padded(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, padding: Padding, dropout: float) -> Tensor:
+    """One fused call per bucket of images of similar length. Padded keys weigh nothing, padded queries go nowhere."""
+    if not q.shape[0]:  # no token
         return v
-    if len(offsets) == 2:
-        return _uniform(q, k, v, bias_T, q.shape[0], dropout)
-    out = None if _differentiable(q, k, v, bias_T) else torch.empty_like(v)
-    pieces = []
-    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
-        bias = None if bias_T is None else bias_T[start:stop].view(1, 1, 1, -1)
-        q1, k1, v1 = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        piece = _fused(q1, k1, v1, bias, dropout).squeeze(0).transpose(0, 1)
-        if out is None:
-            pieces.append(piece)
-        else:
-            out[start:stop] = piece
-    return torch.cat(pieces) if out is None else out
+    spread = [padding.spread(x) for x in (q, k, v)]
+    biases = [None] * len(padding.buckets) if bias_T is None else padding.spread(bias_T)
+    out = []
+    for q1, k1, v1, bias_bL, bucket in zip(*spread, biases, padding.buckets, strict=True):
+        bias = bias_bL
+        if bucket.filled_bL is not None:
+            known_bL = q.new_zeros(bucket.row_bL.shape) if bias_bL is None else bias_bL
+            bias = known_bL.masked_fill(~bucket.filled_bL, torch.finfo(q.dtype).min / 2)  # not -inf: an image may have no token at all
+        bias = None if bias is None else bias[:, None, None, :]
+        out.append(_fused(q1.transpose(1, 2), k1.transpose(1, 2), v1.transpose(1, 2), bias, dropout).transpose(1, 2))
+    return padding.collect(out)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, layout: Layout) -> Tensor:
@@ -151,7 +144,7 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, image_T: Int
 def _segments_op(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, cu_B1: Tensor) -> Tensor:
     """`segments` as one opaque operator, so that compiled graphs need not know the lengths."""
     with torch.no_grad():
-        return _segments(q, k, v, bias_T, cu_B1.tolist(), 0.0)
+        return _padded(q, k, v, bias_T, buckets_by_length(cu_B1.tolist()), 0.0)
 
 
 @_segments_op.register_fake

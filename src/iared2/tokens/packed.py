@@ -1,4 +1,4 @@
-"""Packed tokens: the only place in the library that computes indices.
+"""Packed tokens. Beside them, `padded` alone computes indices.
 
 Shape legend, used for names and annotations everywhere:
     T packed tokens (all images one after the other)   B images   N patch places of the grid   L prefix tokens
@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from iared2.tokens.padded import Padding, buckets_by_length, one_bucket, uniform_padding
 
 GONE = -1
 
@@ -74,6 +76,22 @@ class Layout:
             total += length
             offsets.append(total)
         return offsets
+
+    @property
+    def padding(self) -> Padding:
+        """How these rows lie when images stand side by side. Made once per layout; does not ask an accelerator."""
+        return self._make_padding() if torch.compiler.is_compiling() else self._padding
+
+    @cached_property
+    def _padding(self) -> Padding:
+        return self._make_padding()
+
+    def _make_padding(self) -> Padding:
+        if self.uniform is not None:
+            return uniform_padding(self.images, self.uniform, self.image_T.device)
+        if torch.compiler.is_compiling() or self.image_T.device.type != "cpu":
+            return one_bucket(self.cu_B1, self.image_T, self.longest)
+        return buckets_by_length(self.offsets)
 
 
 @dataclass(frozen=True)
@@ -238,43 +256,58 @@ def _shortened(layout: Layout, chosen: Selection) -> Layout:
     )
 
 
-def merge(tokens: PackedTokens, chosen: Selection, carrier_T: Int[Tensor, " T"], keep_length: bool = False) -> PackedTokens:
+def gone_rows(chosen: Selection, rows: int) -> Int[Tensor, " G"]:
+    """The rows of a pack of `rows` that were not chosen, ascending. Their number is known, so nobody waits for it."""
+    row_T = torch.arange(rows, device=chosen.index_S.device)
+    last_T = row_T.index_add(0, chosen.index_S, torch.full_like(chosen.index_S, rows))  # chosen rows count as later than all others
+    return last_T.topk(rows - chosen.index_S.shape[0], largest=False).values
+
+
+def merge(
+    tokens: PackedTokens, chosen: Selection, gone_G: Int[Tensor, " G"], carrier_G: Int[Tensor, " G"], keep_length: bool = False
+) -> PackedTokens:
     """Keeps the chosen rows; every other row is averaged, by mass, into its carrier.
 
     Args:
-        carrier_T: for each row the row that carries it on: itself if chosen, -1 if it is lost.
+        gone_G: the rows that were not chosen.
+        carrier_G: for each of them the chosen row that carries it on; -1 if it is lost.
         keep_length: the average is stretched to the average length of what went into it. The average of vectors that differ is
             shorter than they are, and a pre-norm block takes a short token for a faint one.
     """
     layout, rows = tokens.layout, chosen.index_S.shape[0]
-    exact = torch.promote_types(tokens.x_TD.dtype, torch.float32)  # bf16 counts to 256 only
-    slot_T = carrier_T.new_full(carrier_T.shape, rows).index_copy(0, chosen.index_S, torch.arange(rows, device=carrier_T.device))
-    lost_T, stays_T = carrier_T < 0, slot_T < rows
-    # Where a row is added to: its carrier's new place; one spare place at the end for rows that stay or are lost.
-    goal_T = torch.where(stays_T | lost_T, rows, slot_T[carrier_T.clamp(min=0)])
-    x_SD, given_TD = tokens.x_TD[chosen.index_S], tokens.x_TD.to(exact)
-    if tokens.mass_T is None:
-        own_S, given_T = given_TD.new_ones(rows), given_TD.new_ones(carrier_T.shape)
-        sum_SD = x_SD.to(exact)
-    else:
-        own_S, given_T = tokens.mass_T[chosen.index_S], tokens.mass_T
-        sum_SD, given_TD = x_SD.to(exact) * own_S[:, None], given_TD * given_T[:, None]
-    received_SD = given_TD.new_zeros(rows + 1, given_TD.shape[1]).index_add(0, goal_T, given_TD)[:rows]
-    total_S = own_S + own_S.new_zeros(rows + 1).index_add(0, goal_T, given_T)[:rows]
-    mean_SD = (sum_SD + received_SD) / total_S[:, None]
-    if keep_length:
-        length_T = tokens.x_TD.to(exact).norm(dim=1) * given_T
-        lengths_S = length_T[chosen.index_S] + length_T.new_zeros(rows + 1).index_add(0, goal_T, length_T)[:rows]
-        mean_SD = torch.nn.functional.normalize(mean_SD, dim=1) * (lengths_S / total_S)[:, None]
-    mean_SD = mean_SD.to(x_SD.dtype)
-    # A row that received nothing keeps its exact value: dividing m x by m again would cost a rounding.
-    x_SD = torch.where((total_S == own_S)[:, None], x_SD, mean_SD)
-    place_T = torch.where(lost_T, GONE, layout.origin_T[carrier_T.clamp(min=0)])
-    table_BN = scatter_places(place_T + 1, layout) - 1  # places without a row of their own stay at -1
-    moved_BN = table_BN  # every place's own row has gone there; those that were carried follow their carrier
+    own_T = torch.ones_like(layout.image_T, dtype=torch.promote_types(tokens.x_TD.dtype, torch.float32))  # bf16 counts to 256 only
+    own_T = own_T if tokens.mass_T is None else tokens.mass_T
+    if not torch.compiler.is_compiling() and not layout.image_T.shape[0]:  # no token at all; a graph must not ask
+        return replace(take(tokens, chosen), mass_T=own_T)
+    slot_T = carrier_G.new_full((layout.image_T.shape[0],), rows).index_copy(0, chosen.index_S, torch.arange(rows, device=gone_G.device))
+    # Lost rows are added to one spare row at the end, which is cut off.
+    slot_G = torch.where(carrier_G < 0, rows, slot_T[carrier_G.clamp(min=0)])
+    spare_S = torch.nn.functional.pad(chosen.index_S, (0, 1))
+    total_S = own_T[spare_S].index_add(0, slot_G, own_T[gone_G])[:rows]
+    x_SD = _averaged(tokens.x_TD, own_T, spare_S, gone_G, slot_G, keep_length)[:rows]
+    # Every place's own row has gone to `place_T`; what was carried before follows its carrier.
+    place_T = layout.origin_T.index_copy(0, gone_G, torch.where(carrier_G < 0, GONE, layout.origin_T[carrier_G.clamp(min=0)]))
+    moved_BN = table_BN = scatter_places(place_T + 1, layout) - 1  # places without a row of their own stay at -1
     if tokens.merged_BN is not None:
         moved_BN = torch.where(tokens.merged_BN >= 0, table_BN.gather(1, tokens.merged_BN.clamp(min=0)), GONE)
     return PackedTokens(x_SD, _shortened(layout, chosen), total_S, moved_BN)
+
+
+def _averaged(x_TD: Tensor, own_T: Tensor, index_S: Tensor, gone_G: Tensor, slot_G: Tensor, keep_length: bool) -> Float[Tensor, "S D"]:
+    """The rows at `index_S` (the last one spare), of which those that receive others are averaged. Few do: nobody else is computed on."""
+    receives_S = torch.zeros_like(index_S).index_fill(0, slot_G, 1)
+    heap_G = (receives_S.cumsum(0) - 1)[slot_G]  # rows with one carrier make one heap
+    receiver_G = torch.full_like(gone_G, index_S.shape[0] - 1).scatter(0, heap_G, slot_G)  # heaps that do not exist end in the spare row
+    rows_G2 = torch.cat([index_S[receiver_G], gone_G])
+    heap_G2 = torch.cat([torch.arange(gone_G.shape[0], device=gone_G.device), heap_G])
+    part, mass_G2 = x_TD[rows_G2].to(own_T.dtype), own_T[rows_G2]
+    zeros = part.new_zeros(gone_G.shape[0], part.shape[1])
+    mass_G = zeros[:, 0].index_add(0, heap_G2, mass_G2)
+    mean_GD = zeros.index_add(0, heap_G2, part * mass_G2[:, None]) / mass_G[:, None]
+    if keep_length:
+        length_G = zeros[:, 0].index_add(0, heap_G2, part.norm(dim=1) * mass_G2) / mass_G
+        mean_GD = torch.nn.functional.normalize(mean_GD, dim=1) * length_G[:, None]
+    return x_TD[index_S].index_copy(0, receiver_G, mean_GD.to(x_TD.dtype))
 
 
 def scatter_places(value_T: Tensor, layout: Layout) -> Tensor:

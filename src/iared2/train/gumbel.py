@@ -57,7 +57,7 @@ class GumbelTask(ScoringTask):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         state = self.frozen_prefix(batch)
         layout = state.tokens.layout
-        score_T = self.finite(self.chance(state))
+        score_T = self.judge(state).chance_T
         keep_T = straight_through(score_T, layout, self.settings.temperature)
         logits = self.masked(state, keep_T)
         if self.target == "label":

@@ -11,7 +11,7 @@ from iared2.errors import ConfigError
 from iared2.keep import Sampled, Threshold
 from iared2.model import ReducedTransformer
 from iared2.reducers.base import Reduction
-from iared2.reducers.iared2 import InterpreterReducer
+from iared2.reducers.iared2 import InterpreterReducer, Judged
 from iared2.reward import EstimatorConfig, RewardConfig, advantages, entropy, log_probability, policy_gradient_loss, reward
 from iared2.runtime import mean_of_all
 from iared2.tokens.packed import join, split, sum_of_patches
@@ -92,10 +92,16 @@ class GroupTask(Task):
             raise FloatingPointError("the interpreter's scores are not finite")
         return score_T
 
-    def chance(self, state: State) -> Float[Tensor, " T"]:
-        """What the group's rule acts on in front of its reducer, with gradients."""
+    def judge(self, state: State) -> Judged:
+        """What the group's rule acts on in front of its reducer, with gradients.
+
+        Raises:
+            FloatingPointError: chances are not finite.
+        """
         score_T = self.reducer.interpreter(state.tokens, state.class_TH)
-        return self.reducer.chance(score_T, state.tokens, state.key_THK)
+        judged = self.reducer.judge(score_T, state.tokens, state.key_THK)
+        self.finite(judged.chance_T)
+        return judged
 
     def finish(self, state: State, reduction: Reduction) -> Float[Tensor, "B classes"]:
         """Logits after a reduction; later groups keep everything, as the curriculum has it."""
@@ -153,12 +159,13 @@ class InterpreterTask(ScoringTask):
         state = self.frozen_prefix(batch)
         layout = state.tokens.layout
         goal = batch["labels"] if self.config.target == "label" else self.dense_log_p(batch)
-        chance_T = self.finite(self.chance(state))
+        judged = self.judge(state)
+        chance_T = judged.chance_T
         rule, times = Sampled(self.model.adapter.needs_patch), self.estimator.samples
         with torch.no_grad():
-            draws = [self.reducer.apply_rule(rule, chance_T.detach(), state.tokens, state.key_THK) for _ in range(times)]
+            draws = [self.reducer.apply_rule(rule, state.tokens, judged.detach()) for _ in range(times)]
             reward_KB = torch.stack([self._reward(state, draw, goal) for draw in draws])
-            logs = self._greedy(state, chance_T.detach(), goal) if self.estimator.baseline == "greedy" else {}
+            logs = self._greedy(state, judged.detach(), goal) if self.estimator.baseline == "greedy" else {}
         keeps = [torch.zeros_like(layout.is_patch_T).index_fill(0, draw.chosen.index_S, True) for draw in draws]
         log_p_KB = torch.stack([sum_of_patches(log_probability(chance_T, keep_T), layout) for keep_T in keeps])
         entropy_T = entropy(chance_T)[layout.is_patch_T]
@@ -167,10 +174,10 @@ class InterpreterTask(ScoringTask):
         kept = torch.stack([draw.kept_B for draw in draws]).float().mean()
         return {"loss": loss, "reward": reward_KB.mean(), "keep_ratio": kept / layout.places, **logs, "entropy": entropy_T.mean()}
 
-    def _greedy(self, state: State, chance_T: Tensor, goal: Tensor) -> dict[str, Tensor]:
+    def _greedy(self, state: State, judged: Judged, goal: Tensor) -> dict[str, Tensor]:
         """The greedy choice's rewards, and what to log of it."""
         rule = Threshold(0.5, self.model.adapter.needs_patch)
-        greedy = self.reducer.apply_rule(rule, chance_T, state.tokens, state.key_THK)
+        greedy = self.reducer.apply_rule(rule, state.tokens, judged)
         reward_B = self._reward(state, greedy, goal)
         share = greedy.kept_B.float().mean() / greedy.before.places
         return {"greedy_B": reward_B, "baseline": reward_B.mean(), "greedy_keep_ratio": share}

@@ -115,8 +115,8 @@ class ImitationTask(TogetherTask):
     def _reduce(self, state: State, group: int, score_T: Tensor) -> tuple[State, Tensor]:
         """Keeps what the threshold keeps, and moves chances towards the wanted share, which a batch as a whole should leave."""
         reducer, score_T = self.model.reducers[group], score_T.detach()
-        chance_T = reducer.chance(score_T, state.tokens, state.key_THK)
-        reduction = reducer.apply_rule(reducer.rule, score_T, state.tokens, state.key_THK, chance_T)
+        judged = reducer.judge(score_T, state.tokens, state.key_THK)
+        reduction = reducer.apply_rule(reducer.rule, state.tokens, judged)
         left = mean_over_ranks(reduction.kept_B.float().mean() / reduction.before.places)
         if reducer.worth is not None:  # no parameter that gradients keep equal between ranks
             reducer.worth.offset.add_(FOLLOWING * (left - self.ratios[group]))
@@ -221,13 +221,13 @@ class WalkTask(TogetherTask):
                 state = self.model.walk_to(state, group, reduce=())
             layout = state.tokens.layout
             score_T = GroupTask.finite(reducer.interpreter(state.tokens, state.class_TH))
-            chance_T = reducer.chance(score_T, state.tokens, state.key_THK)
+            judged = reducer.judge(score_T, state.tokens, state.key_THK)
             with torch.no_grad():
-                reduction = reducer.apply_rule(rule, score_T.detach(), state.tokens, state.key_THK, chance_T.detach())
+                reduction = reducer.apply_rule(rule, state.tokens, judged.detach())
                 keep_T = torch.zeros_like(layout.is_patch_T).index_fill(0, reduction.chosen.index_S, True)
                 state = self.model.after_reduction(state, reduction)
-            log_p.append(sum_of_patches(log_probability(chance_T, keep_T), layout))
-            entropies.append(mean_of_all(entropy(chance_T)[layout.is_patch_T]))
+            log_p.append(sum_of_patches(log_probability(judged.chance_T, keep_T), layout))
+            entropies.append(mean_of_all(entropy(judged.chance_T)[layout.is_patch_T]))
             kept.append(reduction.kept_B)
         return Drawn(state, torch.stack(log_p).sum(0), kept, entropies)
 
