@@ -10,9 +10,7 @@ from torch import Tensor
 from iared2.data.arrays import ImageArrays, Preprocess, plain_batch
 from iared2.errors import DataError
 from iared2.model import ReducedTransformer
-from iared2.tokens.grid import to_pixels
-
-SIGMA = 0.25  # standard deviation of the centred Gaussian, as a share of the side
+from iared2.tokens.grid import gaussian, to_pixels
 
 
 @dataclass(frozen=True)
@@ -38,13 +36,6 @@ def inside(map_Bhw: Float[Tensor, "B h w"], box_B4: Int[Tensor, "B 4"]) -> Float
     down_BH = (y >= box_B4[:, 1:2]) & (y <= box_B4[:, 3:])
     kept = map_Bhw * (down_BH[:, :, None] & across_BW[:, None, :])
     return kept.sum((1, 2)) / map_Bhw.sum((1, 2)).clamp(min=1e-9)
-
-
-def gaussian(height: int, width: int, sigma: float = SIGMA) -> Float[Tensor, "h w"]:
-    """A centred Gaussian whose deviation is `sigma` of each side."""
-    rows = (torch.arange(height) + 0.5) / height - 0.5
-    columns = (torch.arange(width) + 0.5) / width - 0.5
-    return torch.exp(-(rows[:, None] ** 2 + columns[None, :] ** 2) / (2 * sigma**2))
 
 
 @torch.inference_mode()

@@ -11,6 +11,10 @@ Mass enters as log(mass) added to the scores of a key (ToMe, "proportional atten
 kernel takes no bias, so there the bias rides in one extra channel of q (one) and k (log(mass) / scale).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,6 +47,8 @@ def attend(  # noqa: PLR0913, PLR0917 - q, k and v are one thing in three parts
     Raises:
         ConfigError: an unknown implementation, or one that cannot serve these tensors.
     """
+    if (records := _RECORDS.get()) is not None:
+        return _recorded(q_THK, k_THK, v_THV, layout, mass_T, records)
     chosen = _choose(q_THK, layout, dropout) if impl == "auto" else impl
     bias_T = None if mass_T is None else mass_T.log().to(q_THK.dtype)
     if chosen == "uniform":
@@ -60,6 +66,34 @@ def attend(  # noqa: PLR0913, PLR0917 - q, k and v are one thing in three parts
     raise ConfigError(f"attention: got impl={impl!r}, wanted one of {', '.join(IMPLEMENTATIONS)}")
 
 
+@dataclass
+class Recorded:
+    """One call of attention as it happened, for images of equal length. B images, H heads, S tokens each.
+
+    Attributes:
+        weight_BHSS: softmax weights; rows are queries. Part of the graph, so that gradients can be asked for.
+    """
+
+    weight_BHSS: Float[Tensor, "B H S S"]
+
+
+_RECORDS: ContextVar[list[Recorded] | None] = ContextVar("records", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Recorded]]:
+    """Within, attention is computed step by step, and every call leaves its weights in the list.
+
+    This is how explainers see attention: no hooks, whichever module asks and whatever kernel it would have used.
+    """
+    records: list[Recorded] = []
+    token = _RECORDS.set(records)
+    try:
+        yield records
+    finally:
+        _RECORDS.reset(token)
+
+
 def class_logits(q_THK: Float[Tensor, "T H K"], k_THK: Float[Tensor, "T H K"], layout: Layout) -> Float[Tensor, "T H"]:
     """What each image's first token attends to: q k^T / sqrt(K) of every row, mass left out, in fp32 at least."""
     exact = torch.promote_types(q_THK.dtype, torch.float32)
@@ -67,6 +101,20 @@ def class_logits(q_THK: Float[Tensor, "T H K"], k_THK: Float[Tensor, "T H K"], l
     # Block-diagonal (B, H K, H): one product for all heads.
     own_BFH = torch.diag_embed(first_BHK.transpose(1, 2)).transpose(1, 2).flatten(1, 2)
     return times_own_matrix(k_THK.flatten(1), own_BFH, layout.padding)
+
+
+def _recorded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, mass_T: Tensor | None, records: list[Recorded]) -> Tensor:
+    if layout.uniform is None:
+        raise ConfigError("attention can be recorded where all images have the same number of tokens; nothing may be dropped there")
+    exact = torch.promote_types(q.dtype, torch.float32)  # as fused kernels do inside
+    with torch.autocast(q.device.type, enabled=False):
+        q1, k1, v1 = (x.to(exact).view(-1, layout.uniform, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        scores = q1 * q.shape[-1] ** -0.5 @ k1.transpose(-2, -1)
+        if mass_T is not None:
+            scores = scores + mass_T.log().view(-1, 1, 1, layout.uniform)
+        weights = scores.softmax(-1)
+        records.append(Recorded(weights))
+        return (weights @ v1).transpose(1, 2).reshape(v.shape).to(v.dtype)
 
 
 def _choose(q_THK: Tensor, layout: Layout, dropout: float) -> str:

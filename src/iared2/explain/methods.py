@@ -1,0 +1,247 @@
+"""Every explainer by name, with one signature: (images, target) -> maps.
+
+Ours explain the reduced model and cost less than one dense pass; all others explain the dense backbone inside it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from iared2.errors import ConfigError
+from iared2.explain import attention as seen
+from iared2.explain import perturbing, propagation
+from iared2.explain.combined import combined_map, gradient_map, scores_on_grid
+from iared2.explain.dense import check_target, dense_pass
+from iared2.explain.memorability import load_memnet, memorability
+from iared2.model import ReducedTransformer
+from iared2.seeds import generator
+from iared2.settings import unknown_key
+from iared2.tokens.grid import gaussian, to_map
+
+Maps = Float[Tensor, "B h w"]
+Target = Int[Tensor, " B"] | None
+Run = Callable[[Tensor, Target], Maps]
+
+BACKWARD = 1.5  # what a backward pass without gradients of weights costs, in forward passes
+
+
+@dataclass
+class Explainer:
+    """One method on one model.
+
+    Attributes:
+        name: its id.
+        forwards: what a map costs, in passes of the dense backbone; of ours, as it was in the last batch.
+        slow: whether tables run it on a subset.
+    """
+
+    name: str
+    forwards: float
+    slow: bool
+    model: ReducedTransformer
+    run: Run
+
+    def __call__(self, images: Float[Tensor, "B C height width"], target_B: Target = None) -> Maps:
+        """Maps of a batch, one value per patch or per pixel; larger means more important.
+
+        Raises:
+            ConfigError: a target outside of the head, or an answer that is not finite.
+        """
+        if target_B is not None:
+            if not self.model.num_classes:
+                raise ConfigError("target: this model has no classifier, so there is no class to ask for")
+            check_target(target_B, self.model.num_classes)
+        self.model.eval()
+        frozen = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in frozen:  # gradients of weights would cost half as much again
+            parameter.requires_grad_(False)
+        try:
+            maps = self.run(images, target_B).float()
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+        if not maps.isfinite().all():
+            raise ConfigError(f"{self.name}: the map is not finite; try --dtype float32, and check the model's weights")
+        return maps
+
+
+@dataclass(frozen=True)
+class Method:
+    """How an explainer is made.
+
+    Attributes:
+        about: one line for people.
+        make: (model, what follows the colon in the name, seed) -> the function from images and target to maps.
+        forwards: cost, in passes of the dense backbone.
+        detail: what may follow a colon.
+        needs: what a model must have: "attention" (plain softmax attention at the answer), or "linear" (rules for all its layers).
+    """
+
+    about: str
+    make: Callable[[ReducedTransformer, str, int], Run]
+    forwards: float = 1.0
+    detail: str = ""
+    slow: bool = False
+    needs: str = ""
+
+
+def find_explainer(name: str, model: ReducedTransformer, seed: int = 0) -> Explainer:
+    """The explainer of that name on a model.
+
+    Args:
+        name: an id of `method_names`; some take a detail behind a colon, such as attention:11.
+
+    Raises:
+        ConfigError: an unknown name (answered with the nearest right one), or a method that this model does not allow.
+    """
+    stem, _, detail = name.partition(":")
+    if stem not in METHODS:
+        raise ConfigError(unknown_key(stem, list(METHODS)).replace("setting", "method"))
+    method = METHODS[stem]
+    if detail and not method.detail:
+        raise ConfigError(f"{name}: {stem} takes nothing behind a colon")
+    if method.needs and (why := _lacks(model, method.needs)):
+        raise ConfigError(f"{stem}: {why}")
+    return Explainer(name, method.forwards, method.slow, model, method.make(model, detail, seed))
+
+
+def method_names() -> list[str]:
+    """The ids, in the order of tables."""
+    return list(METHODS)
+
+
+def method_list() -> list[tuple[str, str]]:
+    """Ids and what they are, for people."""
+    return [(stem + (f"[:{method.detail}]" if method.detail else ""), method.about) for stem, method in METHODS.items()]
+
+
+def _lacks(model: ReducedTransformer, needs: str) -> str:
+    """What a model lacks for a method; empty if nothing."""
+    backbone = model.backbone
+    if getattr(backbone, "attn_pool", None) is not None:
+        return "this model pools its tokens with an attention of its own, so no token's row or layer rule is its answer"
+    plain = all(model.adapter.splits)
+    if needs == "linear" and not plain:
+        return "this model's blocks run attention and feed-forward layers in one projection, for which there is no rule"
+    return ""
+
+
+# ---- makers ------------------------------------------------------------------------------------------------------------------
+
+
+def _looking(read: Callable[[seen.DensePass], Maps]) -> Callable[[ReducedTransformer, str, int], Run]:
+    """Methods that read a dense pass without gradients."""
+
+    def make(model: ReducedTransformer, detail: str, seed: int) -> Run:
+        def run(images: Tensor, target_B: Target) -> Maps:
+            with torch.no_grad():
+                return read(dense_pass(model, images))
+
+        return run
+
+    return make
+
+
+def _slopes(read: Callable[[seen.DensePass, Target, int], Maps]) -> Callable[[ReducedTransformer, str, int], Run]:
+    """Methods that read a dense pass and its gradients."""
+
+    def make(model: ReducedTransformer, detail: str, seed: int) -> Run:
+        def run(images: Tensor, target_B: Target) -> Maps:
+            with torch.enable_grad():
+                return read(dense_pass(model, images), target_B, model.num_classes).detach()
+
+        return run
+
+    return make
+
+
+def _whole(read: Callable[[ReducedTransformer, Tensor, Target], Maps]) -> Callable[[ReducedTransformer, str, int], Run]:
+    """Methods that take the model as it is."""
+
+    def make(model: ReducedTransformer, detail: str, seed: int) -> Run:
+        return lambda images, target_B: read(model, images, target_B)
+
+    return make
+
+
+def _attention(model: ReducedTransformer, detail: str, seed: int) -> Run:
+    """attention:BLOCK, attention:BLOCK:HEAD or attention:BLOCK:max; the last block without a detail."""
+    block, _, rest = detail.partition(":")
+    depth = model.adapter.depth
+    number = _number(f"attention:{detail}", block, depth, "block") if block else depth - 1
+    head = None if rest in ("", "max", "mean") else _number(f"attention:{detail}", rest, model.adapter.heads, "head")
+
+    def run(images: Tensor, target_B: Target) -> Maps:
+        with torch.no_grad():
+            return seen.raw_attention(dense_pass(model, images), number, head, "max" if rest == "max" else "mean")
+
+    return run
+
+
+def _number(name: str, text: str, count: int, what: str) -> int:
+    if not text.isdecimal() or int(text) >= count:
+        raise ConfigError(f"{name}: got {what} {text!r}, wanted one of 0 to {count - 1}")
+    return int(text)
+
+
+def _ours(model: ReducedTransformer, detail: str, seed: int) -> Run:
+    """ours, or ours:GROUP."""
+    group = _number(f"ours:{detail}", detail, len(model.reducers), "group") if detail else None
+
+    def run(images: Tensor, target_B: Target) -> Maps:
+        if group is None:
+            return combined_map(model, images)
+        with torch.no_grad():
+            _, trace = model.trace(images)
+        return to_map(scores_on_grid(trace)[group], trace.grid)
+
+    return run
+
+
+def _random(model: ReducedTransformer, detail: str, seed: int) -> Run:
+    draw = generator(seed)
+    return lambda images, target_B: torch.rand(len(images), *model.adapter.grid(*images.shape[-2:]), generator=draw)
+
+
+def _constant(value: Callable[[int, int], Tensor]) -> Callable[[ReducedTransformer, str, int], Run]:
+    def make(model: ReducedTransformer, detail: str, seed: int) -> Run:
+        return lambda images, target_B: value(*images.shape[-2:]).expand(len(images), -1, -1).to(images.device)
+
+    return make
+
+
+def _memorability(model: ReducedTransformer, detail: str, seed: int) -> Run:
+    net = load_memnet(detail)
+    return lambda images, target_B: memorability(net.to(images.device), images)
+
+
+_ROW = "attention"
+METHODS: dict[str, Method] = {
+    "ours": Method("our best map without a gradient: all groups' scores together, or one group's", _ours, 1.0, "GROUP"),
+    "ours_gradient": Method("our best map with one backward pass", _whole(gradient_map), 1 + BACKWARD),
+    "attention": Method("class attention of a block: mean or max over heads, or one head", _attention, 1.0, "BLOCK", needs=_ROW),
+    "rollout": Method("attention rollout (Abnar and Zuidema 2020)", _looking(seen.rollout), needs=_ROW),
+    "grad_rollout": Method("rollout of gradient times attention", _slopes(seen.gradient_rollout), 1 + BACKWARD, needs=_ROW),
+    "gradcam": Method("GradCAM on the last block's tokens (Selvaraju et al. 2017)", _slopes(seen.gradcam), 1 + BACKWARD),
+    "gradcam_attention": Method("GradCAM on the last attention", _slopes(seen.gradcam_attention), 1 + BACKWARD, needs=_ROW),
+    "chefer": Method("generic attribution (Chefer et al. 2021)", _slopes(seen.generic_attribution), 1 + BACKWARD, needs=_ROW),
+    "transformer_attribution": Method(
+        "relevance times gradient (Chefer et al. 2021)", _whole(propagation.transformer_attribution), 2 + 3 * BACKWARD, needs="linear"
+    ),
+    "lrp": Method("layer-wise relevance propagation to the patches", _whole(propagation.lrp), 1 + 2 * BACKWARD, needs="linear"),
+    "partial_lrp": Method("relevance at the last attention", _whole(propagation.partial_lrp), 1 + BACKWARD, needs="linear"),
+    "attnlrp": Method("AttnLRP (Achtibat et al. 2024)", _whole(propagation.attnlrp), 1 + 2 * BACKWARD, needs="linear"),
+    "legrad": Method("LeGrad (Bousselham et al. 2024)", _slopes(seen.legrad), 1 + BACKWARD),
+    "ig": Method("integrated gradients, 16 steps (captum)", _whole(perturbing.integrated_gradients), 1 + 16 * (1 + BACKWARD), slow=True),
+    "smoothgrad": Method("SmoothGrad, 16 draws (captum)", _whole(perturbing.smoothgrad), 1 + 16 * (1 + BACKWARD), slow=True),
+    "occlusion": Method("occlusion, window of 2 x 2 patches (captum)", _whole(perturbing.occlusion), 198.0, slow=True),
+    "rise": Method("RISE, 200 masks (Petsiuk et al. 2018)", _whole(perturbing.rise), 201.0, slow=True),
+    "lime": Method("LIME, 200 draws over 7 x 7 cells (captum)", _whole(perturbing.lime), 201.0, slow=True),
+    "memorability": Method("MemNet's memorability; weights not included", _memorability, 1.0, "FILE"),
+    "random": Method("chance", _random, 0.0),
+    "gaussian": Method("a centred Gaussian", _constant(gaussian), 0.0),
+    "background": Method("a map that is the same everywhere", _constant(torch.ones), 0.0),
+}
