@@ -273,7 +273,7 @@ def _open_folder(folder: Path) -> MaskedImages:
             "for each, or take these pictures out of images/"
         )
     if ignores and len(ignores.keys() & images.keys()) < len(images):
-        logger.info("%s: %d pictures have no file in ignore/: all of their pixels count", folder, len(images.keys() - ignores.keys()))
+        logger.debug("%s: %d pictures have no file in ignore/: all of their pixels count", folder, len(images.keys() - ignores.keys()))
     files = [(path, masks[stem], ignores.get(stem)) for stem, path in images.items()]
     stamps = [tuple(stamp(path) for path in three if path is not None) for three in files]
     openers = (partial(_open_rgb, files), partial(_open_plane, files, 1), partial(_open_plane, files, 2))

@@ -87,7 +87,7 @@ def _figures(value_N7: Float[Tensor, "N 7"], weight_DN: Float[Tensor, "D N"]) ->
 
 
 def score_maps(
-    map_Bhw: Float[Tensor, "B h w"], mask_BHW: Bool[Tensor, "B H W"], ignore_BHW: Bool[Tensor, "B H W"] | None = None
+    map_Bhw: Float[Tensor, "B h w"], mask_BHW: Bool[Tensor, "masks H W"], ignore_BHW: Bool[Tensor, "masks H W"] | None = None
 ) -> MapScores:
     """Scores maps against masks.
 
@@ -119,13 +119,17 @@ def score_maps(
     two_B2P = torch.cat([1 - unit_BP, unit_BP], dim=1), torch.cat([~mask_BP, mask_BP], dim=1), torch.cat([counts_BP, counts_BP], dim=1)
     columns.append(average_precision(*two_B2P))
     columns.append(pointing(unit_BP, mask_BP, counts_BP))
-    columns.append(mass_inside(to_pixels(map_Bhw, size).flatten(1), mask_BP, counts_BP))
+    columns.append(mass_inside(to_pixels(map_Bhw.double(), size).flatten(1), mask_BP, counts_BP))
     return MapScores(torch.stack(columns, dim=1))
 
 
 def stretch(map_Bhw: Float[Tensor, "B h w"], size: tuple[int, int]) -> Float[Tensor, "B H W"]:
-    """Maps at `size` = (height, width), bilinear, stretched per image to [0, 1]; a map that is the same everywhere becomes 0."""
-    return _to_unit(to_pixels(_to_unit(map_Bhw), size))  # first on the grid, where equal values are equal to the bit
+    """Maps at `size` = (height, width), bilinear, stretched per image to [0, 1]; a map that is the same everywhere becomes 0.
+
+    In float64, rounded to float32 at the end: pixels that are equal, such as those outside of the centres of border patches, come out equal
+    to the bit. In float32 they would not, and thresholds would pass between them.
+    """
+    return _to_unit(to_pixels(_to_unit(map_Bhw.double()), size)).float()  # first on the grid: a constant map must become 0
 
 
 def _to_unit(map_Bhw: Float[Tensor, "B h w"]) -> Float[Tensor, "B h w"]:

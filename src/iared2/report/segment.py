@@ -76,12 +76,12 @@ def run_segment(model: ReducedTransformer, request: Request, options: SegmentOpt
     for name, value in (("--limit", request.limit), ("--slow-limit", options.slow_limit)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: got {value}, wanted 1 or more")
-    open_folder(request.output)
-    if request.json_file is not None:
-        check_writable(request.json_file)
     pictures = open_masks(request.data)
     pictures = pictures if request.limit is None else pictures.subset(request.limit, options.seed)
     task = Segmentation(model, pictures, find_explainer, options, request.output / ".shards")
+    open_folder(request.output)  # after what may be wrong with the data, so that a refused run leaves nothing
+    if request.json_file is not None:
+        check_writable(request.json_file)
     with progress() as bar:
         line = bar.add_task("scoring maps", total=task.work(request.methods))
         rows = task.run(request.methods, lambda done: bar.advance(line, done))
