@@ -29,7 +29,7 @@ def open_gtsegs(path: Path) -> MaskedImages:
     try:
         import h5py
     except ImportError:
-        raise DataError(f"{path}: reading .mat files needs h5py, which is not installed; pip install h5py") from None
+        raise DataError(f"{path}: reading .mat files needs h5py, which is not installed; pip install 'iared2[data]'") from None
     try:
         with h5py.File(path, "r") as file:
             counts = [file["value"][name].size for name in ("img", "gt")]
