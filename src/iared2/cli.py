@@ -1,4 +1,4 @@
-"""The command line: `iared2 explain`, `eval`, `train`, `models`. The only place that configures logging and catches errors.
+"""The command line: `iared2 explain`, `eval`, `segment`, `train`, `models`. The only place that configures logging and catches errors.
 
 Exit codes: 0 all is well; 1 some files failed; 2 nothing could be done, or the command is wrong; 70 a defect of ours; 130 interrupted.
 """
@@ -282,6 +282,37 @@ def evaluate(
         limit=limit,
         cluster=on_ray.cluster(common.device),
     )
+
+
+@app.command
+def segment(
+    *,
+    data: Annotated[Path, Parameter(name=["--data", "-d"], help="A folder with images/ and masks/ (and ignore/), or gtsegs_ijcv.mat.")],
+    output: Annotated[Path, Parameter(name=["--output", "-o"], help="Folder for the tables; an unfinished run there goes on.")],
+    methods: Annotated[str, Parameter(help="Names separated by commas, or all.")] = "background,random,gaussian,ours",
+    model: ModelOption = DEFAULT,
+    weights: WeightsOption = None,
+    threshold: Threshold = None,
+    on_drop: OnDropOption = None,
+    target: Annotated[int | None, Parameter(help="The class to explain. Default: the one the model names for each image.")] = None,
+    json_file: Annotated[Path | None, Parameter(name="--json", help="Also write the JSON file here.")] = None,
+    limit: Annotated[int | None, Parameter(help="Use only this many images, a fixed random subset.")] = None,
+    slow_limit: Annotated[int, Parameter(help="The same for slow methods.")] = 100,
+    common: Common = _COMMON,
+) -> int:
+    """Score methods by how well their maps find objects: weakly supervised segmentation against masks.
+
+    Writes OUT/segment.md, .csv, .tex and .json.
+    """
+    from iared2.evaluate.segment import SegmentOptions
+    from iared2.report.segment import Request, choose_methods, run_segment
+
+    names = choose_methods(methods)
+    seed = common.seed or 0
+    options = SegmentOptions(common.batch_size or 16, common.workers, seed, target, common.dtype, slow_limit)
+    about = {"model": model, "weights": None if weights is None else str(weights), "seed": seed}
+    request = Request(data, names, output, limit, json_file, about)
+    return run_segment(_load(model, weights, threshold, on_drop, common.device), request, options)
 
 
 @app.command
