@@ -19,7 +19,7 @@ from iared2.explain.memorability import load_memnet, memorability
 from iared2.model import ReducedTransformer
 from iared2.seeds import generator
 from iared2.settings import unknown_key
-from iared2.tokens.grid import gaussian, to_map
+from iared2.tokens.grid import SIGMA, to_map
 
 Maps = Float[Tensor, "B h w"]
 Target = Int[Tensor, " B"] | None
@@ -213,6 +213,12 @@ def _constant(value: Callable[[int, int], Tensor]) -> Callable[[ReducedTransform
     return make
 
 
+def _gaussian(height: int, width: int) -> Tensor:
+    """Centres of the outermost pixels count as half a side away from the middle."""
+    down, across = torch.linspace(-0.5, 0.5, height)[:, None], torch.linspace(-0.5, 0.5, width)[None, :]
+    return torch.exp(-(down.square() + across.square()) / (2 * SIGMA**2))
+
+
 def _memorability(model: ReducedTransformer, detail: str, seed: int) -> Run:
     net = load_memnet(detail)
     return lambda images, target_B: memorability(net.to(images.device), images)
@@ -242,6 +248,6 @@ METHODS: dict[str, Method] = {
     "lime": Method("LIME, 200 draws over 7 x 7 cells (captum)", _whole(perturbing.lime), 201.0, slow=True),
     "memorability": Method("MemNet's memorability; weights not included", _memorability, 1.0, "FILE"),
     "random": Method("chance", _random, 0.0),
-    "gaussian": Method("a centred Gaussian", _constant(gaussian), 0.0),
+    "gaussian": Method("a centred Gaussian, a quarter of the side wide", _constant(_gaussian), 0.0),
     "background": Method("a map that is the same everywhere", _constant(torch.ones), 0.0),
 }

@@ -28,9 +28,7 @@ class TogetherSettings(Settings):
     """Many small reductions, trained along one walk: imitation, then REINFORCE, then (if asked for) the blocks themselves."""
 
     target: str = Field("0.65x", description="budget per image: 0.65x or 65%, 0.8G, 800M, or 9ms on this device")
-    blocks: tuple[Whole, ...] | None = Field(
-        None, description="blocks that reduce; None: five between a quarter and three quarters of the depth"
-    )
+    blocks: tuple[Whole, ...] | None = Field(None, description="blocks that reduce; None: five from 1/4 to 3/4 of the depth")
     place: Literal["before", "between"] = Field("between", description="before those blocks, or between their halves")
     interpreter: InterpreterConfig = InterpreterConfig(policy="class", context=True, init_score=0.2)
     worth: WorthConfig | None = WorthConfig()
