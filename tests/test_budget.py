@@ -175,6 +175,13 @@ def command(plain, *more: str, target: str = "0.7x") -> list[str]:
     return ["train", "--target-macs", target, *named, "--device", "cpu", "--workers", "0", "--dtype", "float32", *more]
 
 
+def test_settings_may_begin_with_two_hyphens_where_no_recipe_is_named(plain, tmp_path, capsys):
+    assert main(command(plain, "-o", str(tmp_path / "out"), "--together.walk_epoch=0")) == 2
+    assert "did you mean 'walk_epochs'" in " ".join(capsys.readouterr().err.split())
+    assert main(["train", "--nonsense"]) == 2
+    assert "Unknown option: --nonsense" in capsys.readouterr().err
+
+
 SMALL = ("data.held_out=8", "data.held_out_share=1", "data.batch_size=4", "data.views=1")
 
 

@@ -236,6 +236,20 @@ def test_a_run_writes_what_its_manifest_says(model, folder, photos, tmp_path):
     assert not list(out.rglob("*.partial"))
 
 
+def test_methods_stand_side_by_side_and_their_maps_are_kept(model, photos, tmp_path):
+    methods = ("ours", "attention:1", "chefer", "background")
+    Gallery(model, tmp_path, GallerySettings("m", device="cpu", workers=0, methods=methods)).run(photos)
+    entry = json.loads((tmp_path / "manifest.json").read_text())["photos"][0]
+    assert list(entry["methods"]) == list(methods)
+    maps = {name: np.load(tmp_path / path) for name, path in entry["methods"].items()}
+    assert maps["chefer"].shape == maps["ours"].shape == (8, 8) and not np.array_equal(maps["chefer"], maps["ours"])
+    with Image.open(tmp_path / entry["methods_sheet"]) as sheet, Image.open(photos[0]) as photo:
+        width, height = pictures.panel_size(photo.size)
+        assert sheet.width >= 2 * width and sheet.height >= height
+    stretched = pictures.stretched(np.array([[2.0, 4.0], [3.0, 2.0]]))
+    assert stretched.tolist() == [[0.0, 1.0], [0.5, 0.0]] and not pictures.stretched(np.ones((2, 2))).any()
+
+
 def test_the_manifest_is_written_last(model, photos, tmp_path, monkeypatch):
     order = []
     original = files.write

@@ -116,7 +116,7 @@ _ON_RAY = OnRay()
 def explain(
     *,
     photos: Annotated[
-        list[str],
+        list[str] | None,
         Parameter(
             name=["--photos", "-p"],
             consume_multiple=True,
@@ -124,8 +124,10 @@ def explain(
             metavar="PATH",
             help="Photos, folders (with sub-folders) or glob patterns.",
         ),
-    ],
-    output: Annotated[Path, Parameter(name=["--output", "-o"], help="Folder for the results.")],
+    ] = None,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="Folder for the results.")] = None,
+    method: Annotated[str, Parameter(help="Explainers side by side on one sheet per photo, such as ours,rollout,chefer.")] = "",
+    list_methods: Annotated[bool, Parameter(negative="", help="List the explainers and stop.")] = False,
     model: ModelOption = DEFAULT,
     weights: WeightsOption = None,
     threshold: Threshold = None,
@@ -138,17 +140,23 @@ def explain(
     Writes heatmaps, the paper's Figure 4, raw maps, a page (index.html) and, last, manifest.json.
     """
     from iared2.data.pictures import find_pictures
+    from iared2.explain.methods import check_names
     from iared2.report.files import open_folder
     from iared2.report.gallery import Gallery, GallerySettings
     from iared2.seeds import seed_all
 
-    paths, failed = find_pictures(photos)
+    if list_methods:
+        return _list_methods()
+    if output is None:
+        raise ConfigError("--output: nothing was given; name a folder for the results with -o OUT")
+    methods = check_names([name.strip() for name in method.split(",") if name.strip()])
+    paths, failed = find_pictures(photos or [])
     if not paths:
         nothing = "--photos: nothing was given; name photos, a folder or a pattern"
         raise DataError("; ".join(failure.reason for failure in failed) or nothing)
     open_folder(output)
     seed_all(common.seed or 0)
-    settings = GallerySettings(model, common.device, common.dtype, common.batch_size or 16, common.workers, common.seed or 0)
+    settings = GallerySettings(model, common.device, common.dtype, common.batch_size or 16, common.workers, common.seed or 0, methods)
     load = partial(_load, model, weights, threshold, on_drop, common.device)
     cluster = on_ray.cluster(common.device)
     if cluster is not None:
@@ -160,6 +168,20 @@ def explain(
         task = bar.add_task("explaining", total=len(paths))
         outcome = gallery.run(paths, lambda _: bar.advance(task), failed)
     return tell(outcome, output, len(paths))
+
+
+def _list_methods() -> int:
+    from rich.table import Table
+
+    from iared2.explain.methods import method_list
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("method", no_wrap=True)
+    table.add_column("what it is", overflow="fold")
+    for name, about in method_list():
+        table.add_row(escape(name), escape(about))
+    screen().print(table)
+    return 0
 
 
 def _load(name: str, weights: Path | None, threshold: float | None, on_drop: OnDropChoice | None, device: str) -> "ReducedTransformer":
@@ -337,7 +359,9 @@ def calibrate(
 
 @app.command
 def train(
-    recipe: Annotated[str | None, Parameter(help="Name of a recipe; without one, the recipes are listed.")] = None,
+    recipe: Annotated[
+        str | None, Parameter(allow_leading_hyphen=True, help="Name of a recipe; without one, the recipes are listed.")
+    ] = None,
     *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, help="Settings of the recipe, such as reward.error_penalty=1.")],
     output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="Folder of the run; an unfinished run there goes on.")] = None,
     data: Annotated[Path | None, Parameter(name=["--data", "-d"], help="Training data, where the recipe names none.")] = None,
@@ -351,6 +375,8 @@ def train(
         return _list_recipes()
     from iared2.train.run import run_recipe
 
+    if recipe is not None and recipe.startswith("--") and "=" not in recipe:
+        raise ConfigError(f"Unknown option: {recipe}; see iared2 train --help")
     if recipe is not None and target_macs is not None and "=" in recipe:  # with a budget no recipe need be named
         overrides, recipe = (recipe, *overrides), None
     changes = [] if target_macs is None else [f"together.target={json.dumps(target_macs)}"]

@@ -3,7 +3,7 @@
 Ours explain the reduced model and cost less than one dense pass; all others explain the dense backbone inside it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,15 +97,27 @@ def find_explainer(name: str, model: ReducedTransformer, seed: int = 0) -> Expla
     Raises:
         ConfigError: an unknown name (answered with the nearest right one), or a method that this model does not allow.
     """
+    check_names([name])
     stem, _, detail = name.partition(":")
-    if stem not in METHODS:
-        raise ConfigError(unknown_key(stem, list(METHODS)).replace("setting", "method"))
     method = METHODS[stem]
     if detail and not method.detail:
         raise ConfigError(f"{name}: {stem} takes nothing behind a colon")
     if method.needs and (why := _lacks(model, method.needs)):
         raise ConfigError(f"{stem}: {why}")
     return Explainer(name, method.forwards, method.slow, model, method.make(model, detail, seed))
+
+
+def check_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, each once, before a model is there to try them on.
+
+    Raises:
+        ConfigError: one is unknown (answered with the nearest right one).
+    """
+    for name in names:
+        stem = name.partition(":")[0]
+        if stem not in METHODS:
+            raise ConfigError(unknown_key(stem, list(METHODS)).replace("setting", "method"))
+    return tuple(dict.fromkeys(names))
 
 
 def method_names() -> list[str]:

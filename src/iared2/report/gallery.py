@@ -19,6 +19,7 @@ from torch import Tensor
 from iared2.data.pictures import Failure, Picture, read_picture
 from iared2.errors import DataError
 from iared2.explain import Explanation, Speed, explain, measure
+from iared2.explain.methods import find_explainer
 from iared2.model import ReducedTransformer
 from iared2.report import files, page, pictures, records
 from iared2.runtime import pick_device, precision
@@ -34,6 +35,7 @@ class GallerySettings:
 
     Attributes:
         workers: threads that read and draw; 0 does both in turn with the model.
+        methods: explainers whose maps stand side by side on one sheet per photo.
     """
 
     model: str
@@ -42,6 +44,7 @@ class GallerySettings:
     batch_size: int = 16
     workers: int = 2
     seed: int = 0
+    methods: tuple[str, ...] = ()
 
 
 @dataclass
@@ -97,6 +100,7 @@ class Gallery:
         self.device = pick_device(settings.device)
         self.prepare = Preparation.of(model)
         self.timed = TIMED
+        self.explainers = [find_explainer(name, model, settings.seed) for name in settings.methods]
 
     def run(self, paths: Sequence[Path], done: Callable[[Path], None] = lambda _: None, failed: Iterable[Failure] = ()) -> Outcome:
         """Explains the photos, writing as it goes.
@@ -125,7 +129,8 @@ class Gallery:
                 for batch in _batches(readable, self.settings.batch_size):
                     self._clear_manifest(outcome)
                     explanations, speed = self._look(batch, outcome)
-                    drawn = [pool.submit(self._draw, p, names[p.path], e, speed, side) for p, e in zip(batch, explanations, strict=True)]
+                    looks = zip(batch, explanations, self._compare(batch), strict=True)
+                    drawn = [pool.submit(self._draw, p, names[p.path], (e, m), speed, side) for p, e, m in looks]
                     _collect(drawn, outcome)
                     for picture in batch:
                         done(picture.path)
@@ -160,9 +165,23 @@ class Gallery:
         outcome.speeds.append(speed)
         return explanations, speed
 
-    def _draw(self, picture: Picture, name: str, explanation: Explanation, speed: Speed | None, side: int) -> records.PhotoRecord:
+    def _compare(self, batch: Sequence[Picture]) -> list[dict[str, Float[np.ndarray, "_h _w"]]]:
+        """For each photo the maps of the methods asked for, as they are."""
+        found: list[dict[str, np.ndarray]] = [{} for _ in batch]
+        if self.explainers:
+            images = torch.stack([self.prepare(picture.image) for picture in batch]).to(self.device)
+            with precision(self.device, self.settings.dtype):
+                for explainer in self.explainers:
+                    for place, values in zip(found, explainer(images).cpu().numpy(), strict=True):
+                        place[explainer.name] = values
+        return found
+
+    def _draw(
+        self, picture: Picture, name: str, look: tuple[Explanation, dict[str, np.ndarray]], speed: Speed | None, side: int
+    ) -> records.PhotoRecord:
         """Writes all files of one photo, or none."""
         folder, written = self.output / name, []
+        explanation, maps = look
         trace, photo = explanation.trace, picture.image
         kept = trace.keep_GBN[:, 0].reshape(-1, *trace.grid).numpy()
         paths: dict[str, Any] = {"overlays": [], "scores": []}
@@ -184,6 +203,9 @@ class Gallery:
                 thumbnails["kept"].append(page.thumbnail(pictures.faded(small, kept[group]), side))
             paths["kept"] = put("kept.npy", files.npy(kept))
             paths["hierarchy"] = put("hierarchy.png", files.png(pictures.hierarchy(photo, list(kept))))
+            if maps:
+                paths["methods"] = {id_: put(_map_file(id_), files.npy(values)) for id_, values in maps.items()}
+                paths["methods_sheet"] = put("methods.png", files.png(pictures.side_by_side(photo, maps)))
         except files.OutputError:
             _remove(written, folder)
             raise
@@ -234,6 +256,11 @@ class Gallery:
                 "threads": torch.get_num_threads(),
             },
         )
+
+
+def _map_file(method: str) -> str:
+    """A detail behind a colon may be a path."""
+    return "map_" + "".join(letter if letter.isalnum() else "_" for letter in method) + ".npy"
 
 
 def _read(path: Path) -> Picture | Failure:

@@ -1,7 +1,7 @@
 """The pictures: heat laid over a photo, a photo with dropped patches faded, and the row of the paper's Figure 4."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -59,7 +59,24 @@ def panel(photo: Image.Image) -> Image.Image:
 def hierarchy(photo: Image.Image, kept: Sequence[Bool[np.ndarray, "h w"]]) -> Image.Image:
     """Figure 4: the photo, then one panel per group with dropped patches faded and the kept share in the corner."""
     first = panel(photo)
-    panels = [first] + [_badged(faded(first, k), f"{100 * k.mean():.0f} %") for k in kept]
+    return _sheet([first] + [_badged(faded(first, k), f"{100 * k.mean():.0f} %") for k in kept])
+
+
+def side_by_side(photo: Image.Image, maps: Mapping[str, Float[np.ndarray, "_h _w"]]) -> Image.Image:
+    """The photo, then one panel per method, its map stretched to [0, 1] and laid over the photo, its name in the corner."""
+    first = panel(photo)
+    return _sheet([first] + [_badged(overlay(first, stretched(values)), name) for name, values in maps.items()])
+
+
+def stretched(values: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
+    """From zero at the least value to one at the greatest; a map that is the same everywhere is zero."""
+    low, high = float(values.min()), float(values.max())
+    return (values - low) / (high - low) if high > low else np.zeros_like(values)
+
+
+def _sheet(panels: Sequence[Image.Image]) -> Image.Image:
+    """Panels of one size in rows."""
+    first = panels[0]
     per_row = _per_row(first.size, len(panels))
     lines = math.ceil(len(panels) / per_row)
     width, height = first.width + GAP, first.height + GAP

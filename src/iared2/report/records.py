@@ -84,6 +84,8 @@ class PhotoRecord:
             "groups": groups,
             "hierarchy": self.files["hierarchy"],
             "kept": self.files["kept"],
+            "methods": self.files.get("methods", {}),
+            "methods_sheet": self.files.get("methods_sheet"),
             "macs": trace.macs[0],
             "dense_macs": trace.dense_macs,
             "macs_share": round(self.macs_share, 6),
