@@ -1,6 +1,7 @@
 """Golden tensors: an embedded model carries an input and its own answers, and proves itself with them.
 
-`golden.safetensors` holds `images` (fp16, B x 3 x h x w), `scores` (G, B, N), `kept` (B, G) and `logits` (B, classes).
+`golden.safetensors` holds `images` (B x 3 x h x w; fp16, or int8 in steps of `STEP` for large ones), `scores` (G, B, N),
+`kept` (B, G) and `logits` (B, classes).
 """
 
 from pathlib import Path
@@ -16,6 +17,7 @@ from iared2.saving import read_tensors
 
 FILE = "golden.safetensors"
 LARGE = 128  # pixels per side
+STEP = 1.5 / 127  # between two values of an image in int8
 TOLERANCE = 1e-3  # scores and logits in fp32; kernels of other machines round differently
 
 
@@ -35,10 +37,15 @@ def answers(model: ReducedTransformer, images: Float[Tensor, "B 3 h w"]) -> dict
 
 def write_golden(model: ReducedTransformer, folder: Path, size: tuple[int, int]) -> None:
     """Records golden tensors beside a saved model."""
-    # Half the size; the answers are those for these very numbers. One image is enough where two would be half a megabyte.
-    images = golden_images(size, 1 if max(size) > LARGE else 2).half()
-    save_file({"images": images, **answers(model, images.float())}, folder / FILE)
+    # The answers are those for the rounded numbers. One image in bytes is enough where two would be half a megabyte.
+    large = max(size) > LARGE
+    images = (golden_images(size, 1) / STEP).round().to(torch.int8) if large else golden_images(size).half()
+    save_file({"images": images, **answers(model, _exact(images))}, folder / FILE)
     (folder / FILE).chmod(0o644)  # safetensors makes files that only their owner can read
+
+
+def _exact(images: Tensor) -> Float[Tensor, "B 3 h w"]:
+    return images.float() * (STEP if images.dtype == torch.int8 else 1.0)
 
 
 def check_golden(model: ReducedTransformer, folder: Path) -> float:
@@ -51,7 +58,7 @@ def check_golden(model: ReducedTransformer, folder: Path) -> float:
         WeightsError: no golden tensors, or answers that differ.
     """
     golden = read_tensors(folder / FILE)
-    found = answers(model, golden["images"].float())
+    found = answers(model, _exact(golden["images"]))
     worst = max(float((found[name] - golden[name]).abs().max()) for name in ("scores", "logits"))
     if worst > TOLERANCE or not torch.equal(found["kept"], golden["kept"]):
         raise WeightsError(
