@@ -14,7 +14,8 @@ import timm
 from iared2 import assets
 from iared2.data.arrays import Preprocess
 from iared2.data.tiny_imagenet import load_tiny_imagenet
-from iared2.evaluate.boxes import SIGMA, score_boxes
+from iared2.evaluate.boxes import score_boxes
+from iared2.tokens.grid import SIGMA
 
 
 def main() -> None:
