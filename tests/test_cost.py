@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from families import FAMILIES
@@ -109,7 +110,22 @@ def test_merging_pays_for_the_matching():
     )
     images = FAMILIES["deit"].images(1)
     extra = merge.trace(images)[1].macs[0] - discard.trace(images)[1].macs[0]
-    assert extra == (4 * 12 * 32 + 16 * 32) + (4 * 8 * 32 + 12 * 32)
+    assert extra == (16 * 16 * 32 + 16 * 32) + (12 * 12 * 32 + 12 * 32)  # all pairs of what enters, and a norm each
+
+
+@pytest.mark.parametrize("worth", [None, WorthConfig()])
+@pytest.mark.parametrize("on_drop", ["discard", "merge"])
+def test_what_is_counted_is_what_runs(on_drop, worth):
+    """Torch's counter on a real pass of one image, for which nothing is padded; norms are no products, and prefix rows are free."""
+    interpreter = InterpreterConfig(policy="class", context=worth is not None)
+    backbone = timm.create_model("deit_tiny_patch16_224", depth=4, num_classes=10).eval()
+    model = reduce(
+        backbone, (1, 2), rule="top_k", ratios=(0.7, 0.4), on_drop=on_drop, worth=worth, interpreter=interpreter, place="between"
+    )
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        macs = model.eval().trace(images)[1].macs[0]
+    assert macs == pytest.approx(counter.get_total_flops() / 2, rel=2e-3)
 
 
 @pytest.mark.parametrize("name", ["deit", "dinov2_reg"])
@@ -141,7 +157,7 @@ def test_an_attention_pool_over_merged_tokens_pays_for_every_patch():
         reduce(FAMILIES["siglip"].build(), (2,), rule="top_k", ratios=(0.5,), on_drop=how).eval() for how in ("discard", "merge")
     )
     images = FAMILIES["siglip"].images(1)
-    matching = 8 * 8 * 32 + 16 * 32
+    matching = 16 * 16 * 32 + 16 * 32
     pooled = 8 * (2 * 32 * 32 + 2 * 32)  # keys, values, and two products with one query for the 8 patches that are back
     assert merge.trace(images)[1].macs[0] - discard.trace(images)[1].macs[0] == matching + pooled
 

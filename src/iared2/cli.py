@@ -1,4 +1,4 @@
-"""The command line: `iared2 explain`, `eval`, `segment`, `train`, `models`. The only place that configures logging and catches errors.
+"""The command line. The only place that configures logging and catches errors.
 
 Exit codes: 0 all is well; 1 some files failed; 2 nothing could be done, or the command is wrong; 70 a defect of ours; 130 interrupted.
 """

@@ -40,11 +40,6 @@ def carriers(cosines: Cosines, chosen: Selection, gone_G: Int[Tensor, " G"]) -> 
     return nearest_among(cosines, gone_G, kept_T)
 
 
-def matching_macs(dropped: int, kept: int, features: int) -> int:
-    """Multiply-adds of comparing every dropped with every kept patch of one image, and of the norms."""
-    return dropped * kept * features + (dropped + kept) * features if dropped and kept else 0
-
-
 def comparing_macs(entering: int, features: int) -> int:
     """Multiply-adds of comparing the patches of one image with one another, and of the norms; matching then costs none."""
     return entering * (entering + 1) * features

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
+from timm.data import resolve_model_data_config
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -88,6 +89,13 @@ class Preprocess:
             "interpolation": data.get("interpolation") or "bicubic",
         }
         return cls(**{**values, **changes})
+
+    @classmethod
+    def of(cls, backbone: Any, **changes: Any) -> "Preprocess":
+        """As timm's data configuration of a backbone says, at the size that the backbone was built for."""
+        size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+        built = {} if size is None else {"size": tuple(size)}
+        return cls.from_timm(resolve_model_data_config(backbone), **{**built, **changes})
 
 
 def normalise(pixels: UInt8[Tensor, "b h w 3"], mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "b 3 h w"]:

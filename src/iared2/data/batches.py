@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from iared2.data.arrays import ArrayBatches, ImageArrays, Preprocess, epoch_order, steps_per_epoch
-from iared2.data.images import LabelledImages
+from iared2.data.images import LabelledImages, first_reason
 from iared2.data.streams import StreamBatches, StreamedImages
 from iared2.data.views import make_transform, seeded
 from iared2.errors import DataError
@@ -107,7 +107,7 @@ class FileBatches:
             batch, _ = collate([views[index] for index in other])
             if batch is not None:
                 return batch
-        raise DataError(f"none of the {self.examples} pictures can be read; the first: {next(iter(self.skipped.items()), '')}")
+        raise DataError(f"none of the {self.examples} pictures can be read; the first: {first_reason(self.skipped)}")
 
 
 def make_batches(
@@ -165,6 +165,6 @@ def to_arrays(images: LabelledImages, size: tuple[int, int], crop: bool = True, 
             pixels[len(kept) : len(kept) + len(batch["labels"])] = batch["images"]
             kept += batch["indices"].tolist()
     if not kept:
-        raise DataError(f"none of the {len(images)} pictures can be read; the first: {next(iter(images.skipped.items()), '')}")
+        raise DataError(f"none of the {len(images)} pictures can be read; the first: {first_reason(images.skipped)}")
     names = [images.name(index) for index in kept]
     return ImageArrays(pixels=pixels[: len(kept)], labels=images.labels[kept], names=names, class_ids=images.class_ids)

@@ -120,6 +120,11 @@ def _open_row(opener: Opener, rows: list[int], index: int) -> OpenFile | Image.I
     return opener(rows[index])
 
 
+def first_reason(skipped: dict[str, str]) -> str:
+    """The first broken picture, and why it cannot be read."""
+    return next((f"{name}: {why}" for name, why in skipped.items()), "")
+
+
 def note_broken(skipped: dict[str, str], name: str, why: str) -> None:
     """Adds a broken picture to the list, and logs it the first time."""
     if name not in skipped:

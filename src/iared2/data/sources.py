@@ -105,7 +105,9 @@ def _open_folder(path: Path, split: str, classes: Sequence[str] | None) -> Label
     try:
         reader = create_dataset("", root=str(path), split=split, input_key=";".join(EXTENSIONS)).reader
     except (RuntimeError, OSError) as error:
-        raise DataError(f"{path}: no pictures in it ({reason(error)}); wanted one subfolder per class, or a labels.csv") from None
+        raise DataError(
+            f"{path}: no pictures in it ({reason(error)}); where labels are needed: one subfolder per class, or labels.csv"
+        ) from None
     kept = [i for i, (name, _) in enumerate(reader.samples) if Path(name).parent != Path(reader.root)]
     if not kept:
         raise DataError(f"{path}: pictures, but neither class subfolders nor a labels.csv (file, class_index); add one of them")

@@ -28,6 +28,8 @@ from iared2.model import ReducedTransformer
 
 logger = logging.getLogger("iared2.evaluate")
 
+POWERS = (12.0, 8.0, 6.0, 4.5, 3.5, 3.0, 2.5, 2.0, 1.7, 1.4, 1.2, 1.0, 0.8, 0.6, 0.4, 0.2)  # looked at for a disagreement, cheapest first
+FAR = 0.02  # share of the dense multiply-adds that is worth a warning
 TOLERANCE = 0.002  # share of the dense multiply-adds at which a schedule is near enough
 
 
@@ -44,6 +46,7 @@ class Expectation:
         slope: change of `share` for a threshold that is 0.01 higher in every group.
         pictures: how many there were.
         milliseconds: time per image, where a time was asked for.
+        cosine: whether there is no classifier, so that agreement is a cosine.
     """
 
     thresholds: tuple[float, ...]
@@ -54,13 +57,17 @@ class Expectation:
     slope: float
     pictures: int
     milliseconds: float | None = None
+    cosine: bool = False
 
     def line(self) -> str:
         """One line for people."""
         kept = ", ".join(f"{ratio:.2f}" for ratio in self.ratios)
         spent = "" if self.milliseconds is None else f", {self.milliseconds:.2f} ms per image"
+        near = f"agreement with dense {self.agreement:.1f} %, KL {self.kl:.4f}"
+        if self.cosine:
+            near = f"cosine to dense {self.agreement / 100:.4f}"
         return (
-            f"{self.share:.3f} of the dense multiply-adds{spent}; agreement with dense {self.agreement:.1f} %, KL {self.kl:.4f} "
+            f"{self.share:.3f} of the dense multiply-adds{spent}; {near} "
             f"(on {self.pictures} pictures); patches left after each group {kept}; thresholds 0.01 higher: {self.slope:+.4f}x"
         )
 
@@ -83,6 +90,11 @@ class Calibrator:
     ) -> None:
         if not batches:
             raise DataError("calibration: there are no pictures to calibrate on")
+        if model.config.rule != "threshold":
+            raise ConfigError(
+                f"calibration: this model keeps patches by {model.config.rule!r}, which has no thresholds to choose; "
+                "change its ratios, or configure(rule='threshold') first"
+            )
         self.model, self.batches = model.eval(), list(batches)
         self.dense = list(dense or [self._finite(model.backbone(images)).float() for images in self.batches])
         self.size = (self.batches[0].shape[-2], self.batches[0].shape[-1])
@@ -159,7 +171,8 @@ class Calibrator:
         count, thresholds = self.pictures, self.model.threshold
         each = thresholds if isinstance(thresholds, tuple) else (thresholds,) * len(self.model.reducers)
         ratios = tuple((kept / count).tolist())
-        return Expectation(each, ratios, share / count, 100 * agree / count, divergence / count, 0.0, count)
+        cosine = not self.model.num_classes
+        return Expectation(each, ratios, share / count, 100 * agree / count, divergence / count, 0.0, count, cosine=cosine)
 
     def to_share(self, share: float) -> Expectation:
         """Thresholds at which pictures cost `share` of the dense multiply-adds on average.
@@ -184,26 +197,35 @@ class Calibrator:
             part = (low[1] - share) / max(low[1] - high[1], 1e-9)
             power = low[0] + min(0.9, max(0.1, part)) * (high[0] - low[0])
             expected = self.at(family, power)
+        if abs(expected.share - share) > FAR:
+            logger.warning("asked for %.3f of the dense multiply-adds, found no thresholds nearer than %.3f", share, expected.share)
         return expected
 
     def to_disagreement(self, allowed: float) -> Expectation:
-        """The cheapest thresholds at which at most `allowed` percent of the pictures get another class than from the dense model.
+        """The cheapest thresholds found at which at most `allowed` percent of the pictures get another class than from the dense model.
+
+        Agreement does not fall steadily, so schedules are tried from the cheapest on; without a classifier, `allowed` is 100 times
+        what the cosine may lack of 1.
 
         Raises:
             ConfigError: not even the mildest schedule agrees so well.
         """
         family = self.family()
-        low, high, best = 0.0, 4.0, None
-        for _ in range(8):
-            middle = (low + high) / 2
-            found = self.at(family, middle)
-            if 100 - found.agreement <= allowed:
-                low, best = middle, (middle, found)
+        best = beyond = None
+        for power in POWERS:
+            if 100 - self.at(family, power).agreement <= allowed:
+                best = power
+                break
+            beyond = power
+        for _ in range(3 if best is not None and beyond is not None else 0):
+            middle = ((best or 0.0) + (beyond or 0.0)) / 2
+            if 100 - self.at(family, middle).agreement <= allowed:
+                best = middle
             else:
-                high = middle
+                beyond = middle
         if best is None:
             raise ConfigError(f"disagreement: got {allowed:g} %, which no schedule of this model reaches on these pictures; allow more")
-        return self.with_slope(self.at(family, best[0]))
+        return self.with_slope(self.at(family, best))
 
     def to_milliseconds(self, wanted: float) -> Expectation:
         """Thresholds at which an image takes `wanted` milliseconds here, at the batch size of the pictures.

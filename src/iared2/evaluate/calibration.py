@@ -51,6 +51,8 @@ def run_calibration(model: str, data: Path, output: Path, wish: Wish, options: C
     Raises:
         IARED2Error: whatever stands in the way, in one line.
     """
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output: got {output}, which is a file; name a folder")
     if options.limit < 1:
         raise ConfigError(f"--limit: got {options.limit}, wanted 1 or more")
     budget = None if wish.budget is None else parse_budget(wish.budget)
@@ -65,5 +67,10 @@ def run_calibration(model: str, data: Path, output: Path, wish: Wish, options: C
         calibrator = Calibrator(reduced, [batch["images"].to(place) for batch in batches.epoch(0)])
         expected = calibrator.meet(budget) if budget is not None else calibrator.to_disagreement(wish.disagreement or 0.0)
     save_reduced(reduced, output)
-    Console().print(f"{expected.line()}\nthe model with these thresholds is in {output}", markup=False, highlight=False, soft_wrap=True)
+    Console().print(
+        f"{expected.line()}, in {options.dtype}\nthe model with these thresholds is in {output}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     return 0

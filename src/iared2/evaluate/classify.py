@@ -9,7 +9,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import timm
 import torch
 from jaxtyping import Float, Int
 from rich.console import Console
@@ -213,9 +212,7 @@ def _source_row(name: str, tally: Tally) -> SourceRow:
 
 def eval_preprocess(model: ReducedTransformer) -> Preprocess:
     """Resize and centre crop as timm's data configuration says, at the size the backbone was built for."""
-    data = timm.data.resolve_model_data_config(model.backbone)
-    size = getattr(getattr(model.backbone, "patch_embed", None), "img_size", None)
-    return Preprocess.from_timm(data, **({"size": tuple(size)} if size is not None else {}))
+    return Preprocess.of(model.backbone)
 
 
 def run_eval(  # noqa: PLR0913 - the command's options

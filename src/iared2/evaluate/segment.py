@@ -19,7 +19,7 @@ from torch import Tensor
 from iared2 import __version__
 from iared2.data.arrays import normalise
 from iared2.data.cluster import fingerprint, shards_of, weights_of
-from iared2.data.images import note_broken, reason
+from iared2.data.images import first_reason, note_broken, reason
 from iared2.data.masks import MaskedBatch, MaskedImages
 from iared2.data.views import seeded
 from iared2.errors import ConfigError, DataError, IARED2Error
@@ -280,7 +280,7 @@ class Segmentation:
                 note_broken(self.skipped, picture, why)
         full = [shard for shard in shards if shard.raw]
         if not full:
-            raise DataError(f"none of the {len(self.data)} pictures can be read; the first: {next(iter(self.skipped.items()), '')}")
+            raise DataError(f"none of the {len(self.data)} pictures can be read; the first: {first_reason(self.skipped)}")
         raw, rank = (
             MapScores(torch.tensor([row for shard in full for row in getattr(shard, which)], dtype=torch.float64))
             for which in ("raw", "rank")

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from iared2.handover import OnDrop, hand_over, matching_macs
+from iared2.handover import OnDrop, comparing_macs, hand_over
 from iared2.interpreter import relative_log
 from iared2.keep import KeepRule, TopK
 from iared2.reducers.base import Reducer, Reduction
@@ -98,7 +98,8 @@ class _Untrained(Reducer):
         return Reduction(tokens.layout, score_T, chosen, hand_over(tokens, chosen, self.on_drop, cosines))
 
     def macs(self, entering: int, kept: int) -> int:
-        return matching_macs(entering - kept, kept, self.width) if self.merges else 0
+        del kept
+        return comparing_macs(entering, self.width) if self.merges else 0
 
 
 class AttentionReducer(_Untrained):

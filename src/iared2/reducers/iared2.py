@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from iared2.handover import OnDrop, comparing_macs, hand_over, matching_macs
+from iared2.handover import OnDrop, comparing_macs, hand_over
 from iared2.interpreter import Interpreter
 from iared2.keep import KeepRule
 from iared2.reducers.base import Reducer, Reduction
@@ -79,7 +79,5 @@ class InterpreterReducer(Reducer):
         return Reduction(tokens.layout, judged.score_T, chosen, after, None if self.worth is None else judged.chance_T)
 
     def macs(self, entering: int, kept: int) -> int:
-        width = self.interpreter.width
-        if self.worth is not None and self.worth.compares:
-            return self.interpreter.macs(entering) + comparing_macs(entering, width)
-        return self.interpreter.macs(entering) + (matching_macs(entering - kept, kept, width) if self.merges else 0)
+        del kept
+        return self.interpreter.macs(entering) + (comparing_macs(entering, self.interpreter.width) if self.wants_keys else 0)

@@ -74,6 +74,8 @@ class Bench:
             ConfigError: numbers below 1, or the paper's scale without its data or a GPU.
             DataError: the small scale without Tiny-ImageNet-200.
         """
+        if self.output.exists() and not self.output.is_dir():
+            raise ConfigError(f"--output: got {self.output}, which is a file; name a folder")
         for name, value in (("images", self.images), ("val-images", self.val_images), ("seeds", self.seeds)):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name}: got {value}, wanted 1 or more")

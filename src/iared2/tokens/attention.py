@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from iared2.errors import ConfigError
 from iared2.tokens.packed import Layout
-from iared2.tokens.padded import Padding, buckets_by_length, times_own_matrix
+from iared2.tokens.padded import Padding, buckets_by_length
 
 IMPLEMENTATIONS = ("auto", "uniform", "varlen", "buckets", "masked")
 
@@ -98,9 +98,13 @@ def class_logits(q_THK: Float[Tensor, "T H K"], k_THK: Float[Tensor, "T H K"], l
     """What each image's first token attends to: q k^T / sqrt(K) of every row, mass left out, in fp32 at least."""
     exact = torch.promote_types(q_THK.dtype, torch.float32)
     first_BHK = q_THK[layout.cu_B1[:-1].long()].to(exact) * q_THK.shape[-1] ** -0.5
-    # Block-diagonal (B, H K, H): one product for all heads.
-    own_BFH = torch.diag_embed(first_BHK.transpose(1, 2)).transpose(1, 2).flatten(1, 2)
-    return times_own_matrix(k_THK.flatten(1), own_BFH, layout.padding)
+    with torch.autocast(q_THK.device.type, enabled=False):
+        out = []
+        for k_bLHK, bucket in zip(layout.padding.spread(k_THK), layout.padding.buckets, strict=True):
+            first_bHK = first_BHK if bucket.image_b is None else first_BHK[bucket.image_b]
+            logit_bHL1 = k_bLHK.transpose(1, 2).to(exact) @ first_bHK[..., None]
+            out.append(logit_bHL1.squeeze(-1).transpose(1, 2))
+    return layout.padding.collect(out)
 
 
 def _recorded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, mass_T: Tensor | None, records: list[Recorded]) -> Tensor:

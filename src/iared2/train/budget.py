@@ -43,7 +43,7 @@ class Outcome:
 def reduced_for(settings: TogetherSettings, backbone: nn.Module) -> ReducedTransformer:
     """The untrained reduced model; what the backbone cannot do is left out, and said."""
     adapter = adapt(backbone)
-    blocks = settings.blocks or tuple(sorted({max(1, int(adapter.depth * place + 1e-9)) for place in PLACES}))
+    blocks = settings.blocks or tuple(sorted({min(adapter.depth - 1, max(1, int(adapter.depth * place + 1e-9))) for place in PLACES}))
     interpreter, place = settings.interpreter, settings.place
     if place == "between" and not all(adapter.splits[block] for block in blocks if block < adapter.depth):
         logger.info("this backbone's blocks have no two halves: patches are dropped before blocks")

@@ -70,7 +70,8 @@ def _place_in(checkpoint: Path, fingerprint: str) -> Place:
     found, place = _read(checkpoint)
     if found != fingerprint:
         raise TrainingError(
-            f"{checkpoint.parent.parent} holds a run of another recipe; give another output folder, or remove this one to start anew"
+            f"{checkpoint.parent.parent} holds a run of another recipe; give another output folder, or "
+            "remove this one to start anew (another budget of a finished model: iared2 calibrate)"
         )
     return place
 

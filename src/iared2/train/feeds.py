@@ -4,7 +4,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 
 from iared2.data.arrays import ImageArrays, Preprocess, with_views
@@ -38,7 +37,7 @@ def open_feeds(recipe: Recipe, backbone: Any, workers: int) -> Feeds:
     settings = recipe.data
     if settings.train is None:
         raise ConfigError("data.train: no training data named; give --data FOLDER")
-    how = Preprocess.from_timm(timm.data.resolve_model_data_config(backbone), min_scale=settings.min_scale, flip=settings.flip)
+    how = Preprocess.of(backbone, min_scale=settings.min_scale, flip=settings.flip)
     classes = model_class_ids(backbone)
     data = _in_memory(open_data(settings.train, settings.train_split, classes, labels=settings.labels), settings, how)
     if isinstance(data, ImageArrays) and data.class_ids and len(data.class_ids) == backbone.num_classes:
