@@ -35,12 +35,14 @@ from iared2.seeds import generator
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by number of seeds
 
 
-def pictures(folder, how: Preprocess, held_out: int | None = None):
+def pictures(folder, how: Preprocess, held_out: int | None = None, limit: int | None = None):
     """Batches of a folder, or of the pictures that training holds out of it; with labels and sources."""
     data = open_data(folder, "val")
     if held_out is not None:
         order = torch.randperm(len(data), generator=generator(0)).tolist()
         data = data.select(sorted(order[:held_out]))
+    if limit is not None:
+        data = data.select(list(range(min(limit, len(data)))))
     batches = list(make_batches(data, how, 50, train=False, workers=2).epoch(0))
     return [b["images"] for b in batches], torch.cat([b["labels"] for b in batches]), getattr(data, "sources", None)
 
@@ -128,6 +130,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--calibrate", required=True)
     parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--limit", type=int, help="the first photos only, for a look at speed")
     parser.add_argument("--models", nargs="*", default=[])
     parser.add_argument("--name", default="ours")
     parser.add_argument("--budgets", nargs="*", type=float, default=[0.67, 0.60, 0.54, 0.48])
@@ -150,7 +153,7 @@ def main() -> None:
     backbone = timm.create_model("deit_tiny_patch16_224.fb_in1k").eval()
     load_tensors(backbone, Path(options.weights))
     how = eval_preprocess(iared2.reduce(backbone, 3))
-    images, labels, sources = pictures(options.photos, how)
+    images, labels, sources = pictures(options.photos, how, limit=options.limit)
     held, _, _ = pictures(options.calibrate, how, options.held_out)
     rows, timed = [], {"dense": backbone}
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
