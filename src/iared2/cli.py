@@ -327,7 +327,8 @@ def segment(
     Writes OUT/segment.md, .csv, .tex and .json.
     """
     from iared2.evaluate.segment import SegmentOptions
-    from iared2.report.segment import Request, choose_methods, run_segment
+    from iared2.report.methods import Request, choose_methods
+    from iared2.report.segment import run_segment
 
     names = choose_methods(methods)
     seed = common.seed or 0
