@@ -1,5 +1,7 @@
 """Faithfulness of maps: toy models whose best order is known, slow loops in float64, runs that go on, the command."""
 
+import csv
+import json
 import math
 
 import iared2  # first: makes timm importable beside a CPU-only torch
@@ -9,15 +11,22 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
+from iared2 import cli
+from iared2.data.raw import raw_images
+from iared2.data.sources import open_data
 from iared2.errors import ConfigError
-from iared2.evaluate.faithfulness import FIGURES, area, faithfulness, gini, removal_curve, token_curve
+from iared2.evaluate.bootstrap import means, resamples
+from iared2.evaluate.faithful_run import FaithfulnessRun, FaithOptions
+from iared2.evaluate.faithfulness import FIGURES, TESTS, area, faithfulness, gini, removal_curve, token_curve
 from iared2.evaluate.imputation import impute, road
 from iared2.evaluate.judge import Judge
 from iared2.evaluate.randomised import randomised, rank_correlation, steps_of
 from iared2.evaluate.removal import blur, blurred, gone, on_grid, rank_of, zero
 from iared2.evaluate.saco import coefficient, saco
 from iared2.keep import Given
+from iared2.saving import save_reduced
 
 GRID, SIDE = 4, 16
 
@@ -387,3 +396,234 @@ def test_no_classifier_no_answer():
     bare = iared2.reduce(timm.create_model("iared2_mini_patch8_64", num_classes=0), 3)
     with pytest.raises(ConfigError, match="no classifier"):
         Judge(bare, (0.5,) * 3, (0.5,) * 3)
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four pictures in two class folders."""
+    draw = np.random.default_rng(0)
+    for number in range(4):
+        path = tmp_path / f"data/c{number % 2}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (70, 80, 3), np.uint8)).save(path)
+    return tmp_path / "data"
+
+
+def pictures(folder):
+    return raw_images(open_data(folder), folder)
+
+
+class Methods:
+    """Explainers that count what they are asked for, and can stop like a killed process."""
+
+    def __init__(self, stop_after=math.inf):
+        self.calls, self.targets, self.stop_after = [], [], stop_after
+
+    def find(self, name, model, seed):
+        return Method(self, name, model, seed)
+
+
+class Method:
+    def __init__(self, methods, name, model, seed):
+        self.methods, self.name, self.model, self.slow, self.forwards = methods, name, model, name.startswith("slow"), 2.0
+        self.draw = torch.Generator().manual_seed(seed)
+
+    def __call__(self, images, target=None):
+        if len(self.methods.calls) >= self.methods.stop_after:
+            raise KeyboardInterrupt
+        self.methods.calls.append((self.name, len(images)))
+        self.methods.targets.append(target)
+        if self.name == "nan":
+            return torch.full((len(images), 8, 8), math.nan)
+        if self.name == "bright":
+            return images.mean(1)
+        if self.name == "weights":
+            seen = self.model.backbone.blocks[-1].mlp.fc1.weight[:64, 0].detach().view(8, 8)
+            return seen.expand(len(images), -1, -1)
+        return torch.rand(len(images), 8, 8, generator=self.draw)
+
+
+def known(rows):
+    return [(row.method, row.images, row.figures, row.intervals, row.curves) for row in rows]
+
+
+FEW = ("zero", "gini")
+
+
+def test_methods_side_by_side(model, folder):
+    methods = Methods()
+    task = FaithfulnessRun(model, pictures(folder), methods.find, FaithOptions(batch_size=4, slow_limit=1, tests=(*FEW, "randomised")))
+    told = []
+    rows = task.run(["bright", "weights", "nan", "slow one", "chance"], told.append)
+    assert [row.images for row in rows] == [4, 4, 0, 1, 4]
+    assert "not finite" in rows[2].why
+    assert sum(told) <= task.work([row.method for row in rows])
+    bright, weights, _, slow, chance = rows
+    assert set(bright.figures) == {*TESTS["zero"], "gini", *TESTS["randomised"]}
+    assert bright.figures["randomised_1"] == pytest.approx(1) == bright.figures["randomised_all"]  # it does not look at the model
+    assert abs(weights.figures["randomised_1"]) < 0.5 and abs(chance.figures["randomised_all"]) < 0.6
+    assert len(bright.curves["randomised"]["blocks"]) >= len(slow.curves["randomised"]["blocks"]) == 2
+    for row in (bright, weights, slow, chance):
+        for name, value in row.figures.items():
+            low, high = row.intervals[name]
+            assert low - 1e-9 <= value <= high + 1e-9
+        curve = row.curves["zero_positive"]
+        assert curve["share"][0] == 0 and curve["share"][-1] == 1 and curve["top1"][0] == 1
+        assert row.figures["positive"] == pytest.approx(
+            100 * float(area(torch.tensor([curve["top1"][1:10]]), curve["share"][1:10])), abs=0.01
+        )
+        ends = row.curves["zero_negative"]
+        assert curve["chance"][0] == ends["chance"][0] and curve["chance"][-1] == ends["chance"][-1]
+
+
+def test_a_killed_run_goes_on_and_repeats_nothing(model, folder, tmp_path):
+    options, names = FaithOptions(batch_size=1, tests=FEW), ["chance", "bright"]
+    whole = FaithfulnessRun(model, pictures(folder), Methods().find, options).run(names)
+    killed, rest, again = Methods(stop_after=3), Methods(), Methods()
+    with pytest.raises(KeyboardInterrupt):
+        FaithfulnessRun(model, pictures(folder), killed.find, options, tmp_path / "records").run(names)
+    assert known(FaithfulnessRun(model, pictures(folder), rest.find, options, tmp_path / "records").run(names)) == known(whole)
+    assert len(killed.calls) + len(rest.calls) == 8
+    assert known(FaithfulnessRun(model, pictures(folder), again.find, options, tmp_path / "records").run(names)) == known(whole)
+    assert not again.calls
+
+
+def test_other_facts_are_other_records(model, folder, tmp_path):
+    def calls(**changes):
+        methods = Methods()
+        options = FaithOptions(**{"batch_size": 4, "tests": ("gini",), **changes})
+        FaithfulnessRun(model, pictures(folder), methods.find, options, tmp_path / "records").run(["bright"])
+        return len(methods.calls)
+
+    assert [calls(), calls(), calls(target=3), calls(target="label"), calls(seed=1), calls(tests=("saco",))] == [1, 0, 1, 1, 1, 1]
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "c0/0.png")
+    assert calls() == 1
+
+
+def test_which_class_is_explained(model, folder):
+    def targets(target):
+        methods = Methods()
+        FaithfulnessRun(model, pictures(folder), methods.find, FaithOptions(batch_size=4, target=target, tests=("gini",))).run(["bright"])
+        return methods.targets[0].tolist()
+
+    batch = pictures(folder).batch(range(4), FaithfulnessRun(model, pictures(folder), Methods().find).how)
+    how = FaithfulnessRun(model, pictures(folder), Methods().find).how
+    assert targets("predicted") == Judge(model, how.mean, how.std)(batch.image_BCHW).argmax(1).tolist()
+    assert targets("label") == batch.label_B.tolist() and targets(7) == [7] * 4
+
+
+def test_raw_pictures_are_those_of_eval(model, folder):
+    from iared2.data.batches import make_batches
+
+    how = FaithfulnessRun(model, pictures(folder), Methods().find).how
+    wanted = next(iter(make_batches(open_data(folder), how, 4, train=False).epoch(0)))
+    found = pictures(folder).batch(range(4), how, workers=2)
+    assert torch.allclose(Judge(model, how.mean, how.std).normalised(found.image_BCHW), wanted["images"], atol=1e-5)
+    assert torch.equal(found.label_B, wanted["labels"])
+
+
+def test_broken_pictures_are_left_out(model, folder, tmp_path):
+    (folder / "c1/1.png").write_bytes(b"no picture")
+    for _ in range(2):
+        task = FaithfulnessRun(model, pictures(folder), Methods().find, FaithOptions(batch_size=1, tests=FEW), tmp_path / "records")
+        assert task.run(["bright"])[0].images == 3
+        assert len(task.skipped) == 1
+
+
+def test_intervals_are_as_wide_as_means_are_uncertain():
+    value = (torch.arange(400) % 2).double()[:, None]
+    drawn = means(value, resamples(400))
+    assert 3.92 * float(drawn.std()) == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.1)
+    holes = torch.tensor([[1.0], [math.nan], [3.0]])
+    assert means(holes, torch.ones(1, 3, dtype=torch.float64)).tolist() == [[2.0]]
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("faithfulness") / "model"
+    save_reduced(model, path, with_backbone=True)
+    return path
+
+
+@pytest.fixture
+def run(saved, capfd):
+    def run(*arguments, model=saved):
+        code = cli.main(["faithfulness", "--model", str(model), "--workers", "0", *map(str, arguments)])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err.splitlines()
+
+    return run
+
+
+def test_the_command(run, folder, tmp_path):
+    out = tmp_path / "out"
+    code, printed, errors = run("-d", folder, "-o", out, "--methods", "ours", "--limit", 3, "--json", tmp_path / "copy.json")
+    assert (code, errors) == (0, [])
+    assert "3 of 4 pictures" in printed and "ROAD" in printed
+    content = json.loads((out / "faithfulness.json").read_text())
+    assert content == json.loads((tmp_path / "copy.json").read_text())
+    assert [row["method"] for row in content["rows"]] == ["ours", "random"]
+    for row in content["rows"]:
+        assert row["images"] == 3 and row["error"] is None
+        for name in FIGURES:
+            low, high = row["intervals"][name]
+            assert low <= row[name] <= high
+    curves = json.loads((out / "curves.json").read_text())["curves"]
+    assert curves["ours"]["tokens_positive"]["share"] == [step / 10 for step in range(10)]
+    assert Image.open(out / "curves.png").size[0] > 500
+    table = list(csv.DictReader((out / "faithfulness.csv").open()))
+    assert float(table[0]["saco"]) == content["rows"][0]["saco"]
+    assert "95 % intervals" in (out / "faithfulness.md").read_text() and r"\toprule" in (out / "faithfulness.tex").read_text()
+    assert run("-d", folder, "-o", out, "--methods", "ours", "--limit", 3)[0] == 0
+
+
+def test_a_plain_folder_and_few_tests(run, folder, tmp_path):
+    code, _, errors = run("-d", folder / "c0", "-o", tmp_path / "out", "--methods", "random", "--tests", "saco,gini")
+    assert (code, errors) == (0, [])
+    row = json.loads((tmp_path / "out/faithfulness.json").read_text())["rows"][0]
+    assert row["images"] == 2 and row["saco"] is not None and row["positive"] is None and row["intervals"]["positive"] is None
+    assert not (tmp_path / "out/curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--methods", "gausian"), "did you mean 'gaussian'"),
+        (("--methods", ","), "--methods: got none"),
+        (("--tests", "zeros"), "--tests: got 'zeros'"),
+        (("--tests", ","), "--tests: got ''"),
+        (("--target", 10), "got class 10, outside the model's 10 classes"),
+        (("--target", -1), "got class -1"),
+        (("--target", "dog"), "--target: got 'dog', wanted predicted, label or the number of a class"),
+        (("--limit", 0), "--limit: got 0"),
+        (("--slow-limit", 0), "--slow-limit: got 0"),
+    ],
+)
+def test_wrong_options_are_one_line(run, folder, tmp_path, arguments, message):
+    code, _, errors = run("-d", folder, "-o", tmp_path / "out", *arguments)
+    assert code == 2 and len(errors) == 1 and message in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_data_is_one_line(run, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, errors = run("-d", tmp_path / "empty", "-o", tmp_path / "out")
+    assert code == 2 and len(errors) == 1 and "no pictures" in errors[0]
+    code, _, errors = run("-d", tmp_path / "nowhere", "-o", tmp_path / "out")
+    assert code == 2 and len(errors) == 1 and "no such folder" in errors[0]
+    (folder / "labels.csv").write_text("file,class_index\nc0/0.png,11\n")
+    code, _, errors = run("-d", folder, "-o", tmp_path / "out", "--target", "label")
+    assert code == 2 and len(errors) == 1 and "label 11" in errors[0]
+
+
+def test_a_model_without_a_classifier(run, folder, tmp_path):
+    bare = iared2.reduce(timm.create_model("iared2_mini_patch8_64", num_classes=0), 3)
+    save_reduced(bare, tmp_path / "bare", with_backbone=True)
+    code, _, errors = run("-d", folder, "-o", tmp_path / "out", model=tmp_path / "bare")
+    assert code == 2 and len(errors) == 1 and "no classifier" in errors[0]

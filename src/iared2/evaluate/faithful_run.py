@@ -155,11 +155,12 @@ class FaithfulnessRun(ShardedMethods[RawImages, RawBatch, FaithRow]):
         """Rank correlations, on the patch grid, with maps of the model with random blocks. What a method draws is drawn anew."""
         images, class_B, seed = where
         grid, columns = self.judge.grid(images), []
+        whole_Bhw = on_grid(map_Bhw, grid)  # a copy: a map may be a view of weights, which change below
         for blocks in self._blocks(explainer.slow):
             with randomised(self.model, blocks, self.options.seed) as other:
                 again = self.find(explainer.name, other, derive_seed(seed, blocks) % 2**31)
-                other_Bhw = again(self.judge.normalised(images), class_B).detach().float()
-            columns.append(rank_correlation(on_grid(map_Bhw, grid), on_grid(other_Bhw, grid)).cpu())
+                other_Bhw = on_grid(again(self.judge.normalised(images), class_B).detach().float(), grid)
+            columns.append(rank_correlation(whole_Bhw, other_Bhw).cpu())
         return torch.stack(columns, dim=1)
 
     def row(self, explainer: Explainer, name: str, shards: list[Shard]) -> FaithRow:
