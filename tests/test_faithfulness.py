@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from iared2 import cli
+from iared2.data.arrays import ImageArrays
 from iared2.data.raw import raw_images
 from iared2.data.sources import open_data
-from iared2.errors import ConfigError
+from iared2.data.streams import StreamedImages
+from iared2.errors import ConfigError, DataError
 from iared2.evaluate.bootstrap import means, resamples
 from iared2.evaluate.faithful_run import FaithfulnessRun, FaithOptions
 from iared2.evaluate.faithfulness import FIGURES, TESTS, area, faithfulness, gini, removal_curve, token_curve
@@ -523,6 +525,22 @@ def test_raw_pictures_are_those_of_eval(model, folder):
     found = pictures(folder).batch(range(4), how, workers=2)
     assert torch.allclose(Judge(model, how.mean, how.std).normalised(found.image_BCHW), wanted["images"], atol=1e-5)
     assert torch.equal(found.label_B, wanted["labels"])
+
+
+def test_pictures_in_memory_and_streams(model, tmp_path):
+    pixels, labels = torch.randint(0, 256, (3, 20, 20, 3), dtype=torch.uint8), torch.tensor([1, 2, 3])
+    found = raw_images(ImageArrays(pixels, labels), tmp_path)
+    how = FaithfulnessRun(model, found, Methods().find).how
+    batch = found.batch([2, 0], how)
+    assert batch.label_B.tolist() == [3, 1] and batch.image_BCHW.shape == (2, 3, *how.size) and batch.image_BCHW.max() <= 1
+    assert len(found.subset(2, 0)) == 2 and found.subset(9, 0) is found
+    other = pixels.clone()
+    other[0, 0, 0, 0] ^= 1
+    assert raw_images(ImageArrays(other, labels), tmp_path).stamps != found.stamps
+    with pytest.raises(DataError, match="a stream cannot be sampled"):
+        raw_images(StreamedImages(lambda: iter(()), 3), tmp_path)
+    with pytest.raises(DataError, match="no pictures"):
+        raw_images(ImageArrays(pixels[:0], labels[:0]), tmp_path)
 
 
 def test_broken_pictures_are_left_out(model, folder, tmp_path):

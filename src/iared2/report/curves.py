@@ -11,6 +11,7 @@ ORDERS = {"positive": "most relevant first", "negative": "least relevant first"}
 
 def curves_png(by_method: Mapping[str, Curves]) -> bytes:
     """Top-1 (solid) and probability (dotted) of the explained class while parts go; and rank correlations with maps of random models."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     names = {name for curves in by_method.values() for name in curves}
@@ -19,7 +20,7 @@ def curves_png(by_method: Mapping[str, Curves]) -> bytes:
     figure = Figure(figsize=(3 * max(columns, 2), 6), dpi=100, layout="constrained")
     axes = figure.subplots(2, columns, squeeze=False)
     for line, (method, curves) in enumerate(by_method.items()):
-        style = {"color": f"C{line % 10}", "linewidth": 1.2}
+        style = {"color": colormaps["tab20"](2 * line % 20 + line // 10 % 2), "linewidth": 1.2}
         for column, panel in enumerate(panels):
             for row, order in enumerate(ORDERS):
                 curve = curves[f"{panel}_{order}"]
@@ -36,6 +37,7 @@ def curves_png(by_method: Mapping[str, Curves]) -> bytes:
     if "randomised" in names:
         axes[0][-1].set(title="rank correlation", xlabel="last blocks random", ylim=(-1.03, 1.03))
         axes[1][-1].axis("off")
+    figure.suptitle("explained class: named first (solid), its probability (dotted)", fontsize=9)
     for one in figure.axes:
         one.title.set_fontsize(9)
         one.grid(alpha=0.3)
