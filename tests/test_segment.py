@@ -21,7 +21,8 @@ from iared2.data.masks import box_masks, foreground, open_masks
 from iared2.errors import ConfigError, DataError
 from iared2.evaluate.map_scores import MapScores, average_precision, rank_normalise, score_maps, stretch
 from iared2.evaluate.segment import Segmentation, SegmentOptions
-from iared2.report.segment import choose_methods, latex, markdown, table_csv
+from iared2.report.methods import choose_methods
+from iared2.report.segment import latex, markdown, table_csv
 from iared2.saving import save_reduced
 
 # ---- figures worked by hand --------------------------------------------------------------------------------------

@@ -327,7 +327,8 @@ def segment(
     Writes OUT/segment.md, .csv, .tex and .json.
     """
     from iared2.evaluate.segment import SegmentOptions
-    from iared2.report.segment import Request, choose_methods, run_segment
+    from iared2.report.methods import Request, choose_methods
+    from iared2.report.segment import run_segment
 
     names = choose_methods(methods)
     seed = common.seed or 0
@@ -335,6 +336,39 @@ def segment(
     about = {"model": model, "weights": None if weights is None else str(weights), "seed": seed}
     request = Request(data, names, output, limit, json_file, about)
     return run_segment(_load(model, weights, threshold, on_drop, common.device), request, options)
+
+
+@app.command
+def faithfulness(
+    *,
+    data: Annotated[Path, Parameter(name=["--data", "-d"], help="Pictures, as for eval; without labels if --target needs none.")],
+    output: Annotated[Path, Parameter(name=["--output", "-o"], help="Folder for the tables; an unfinished run there goes on.")],
+    methods: Annotated[str, Parameter(help="Names separated by commas, or all; random is always added.")] = "random,gaussian,ours",
+    tests: Annotated[str, Parameter(help="zero, tokens, road, blur, saco, gini, randomised; separated by commas, or all.")] = "all",
+    model: ModelOption = DEFAULT,
+    weights: WeightsOption = None,
+    threshold: Threshold = None,
+    on_drop: OnDropOption = None,
+    target: Annotated[str, Parameter(help="The class to explain: predicted, label, or a number.")] = "predicted",
+    json_file: Annotated[Path | None, Parameter(name="--json", help="Also write the JSON file here.")] = None,
+    limit: Annotated[int, Parameter(help="Use only this many images, a fixed random subset.")] = 200,
+    slow_limit: Annotated[int, Parameter(help="The same for slow methods.")] = 20,
+    common: Common = _COMMON,
+) -> int:
+    """Score methods by what becomes of the model's answer when what their maps call important is removed.
+
+    Writes OUT/faithfulness.md, .csv, .tex and .json, and OUT/curves.json and .png.
+    """
+    from iared2.evaluate.faithful_run import FaithOptions
+    from iared2.report.faithfulness import choose_target, choose_tests, run_faithfulness
+    from iared2.report.methods import Request, choose_methods
+
+    names, chosen = choose_methods(methods), choose_tests(tests)
+    seed = common.seed or 0
+    options = FaithOptions(common.batch_size or 16, common.workers, seed, choose_target(target), common.dtype, slow_limit, chosen)
+    about = {"model": model, "weights": None if weights is None else str(weights), "seed": seed}
+    request = Request(data, names, output, limit, json_file, about)
+    return run_faithfulness(_load(model, weights, threshold, on_drop, common.device), request, options)
 
 
 @app.command

@@ -24,12 +24,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from iared2.errors import ConfigError
-from iared2.seeds import generator
+from iared2.evaluate.bootstrap import DRAWS, interval, resamples
 from iared2.tokens.grid import to_pixels
 
 FIGURES = ("pixel_accuracy", "miou", "map", "macc", "pointing", "mass")
 COLUMNS = ("true object", "false object", "false background", "true background", "map", "pointing", "mass")
-DRAWS = 1000  # resamples of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,8 @@ class MapScores:
 
         The same seed draws the same images for every method that saw as many, so intervals of several methods belong together.
         """
-        count = len(self)
-        chosen_DN = torch.randint(count, (draws, count), generator=generator(seed))
-        weight_DN = torch.zeros(draws, count, dtype=torch.float64).scatter_add_(1, chosen_DN, torch.ones(draws, count, dtype=torch.float64))
-        ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-        low_high = {name: value_D.nanquantile(ends).tolist() for name, value_D in _figures(self.value_N7, weight_DN).items()}
-        return {name: (low, high) for name, (low, high) in low_high.items()}
+        found = _figures(self.value_N7, resamples(len(self), seed, draws))
+        return {name: interval(value_D) for name, value_D in found.items()}
 
 
 def _figures(value_N7: Float[Tensor, "N 7"], weight_DN: Float[Tensor, "D N"]) -> dict[str, Float[Tensor, " D"]]:
