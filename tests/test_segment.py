@@ -553,6 +553,7 @@ def test_a_broken_picture_is_told_of(run, folder, tmp_path):
 
 def test_methods_are_named_once():
     assert choose_methods("random, gaussian,random") == ["random", "gaussian"]
+    assert choose_methods("attention:3:max,ours:1") == ["attention:3:max", "ours:1"]
     assert set(choose_methods("all")) >= {"random", "gaussian", "background"}
 
 

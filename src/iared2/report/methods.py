@@ -30,7 +30,7 @@ def choose_methods(text: str) -> list[str]:
     if names == [EVERY]:
         return known
     for name in names:
-        if name not in known:
+        if name.partition(":")[0] not in known:  # a detail is checked where the model is
             near = difflib.get_close_matches(name, [*known, EVERY], n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}? Known" if near else "known"
             raise ConfigError(f"--methods: got {name!r}, which is no method; {hint}: {', '.join(known)}")
