@@ -262,6 +262,25 @@ def test_calibrate_refuses_unclear_wishes(tmp_path, capsys, arguments, message):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_an_output_that_is_a_file_is_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["calibrate", "--data", str(tmp_path), "-o", str(tmp_path / "file"), "--target-macs", "0.7x"]) == 2
+    assert "which is a file; name a folder" in " ".join(capsys.readouterr().err.split())
+
+
+def test_rules_without_thresholds_are_not_calibrated():
+    model = iared2.reduce(FAMILIES["deit"].build(), 2, rule="top_k", ratios=(0.8, 0.5)).eval()
+    with pytest.raises(ConfigError, match="keeps patches by 'top_k', which has no thresholds"):
+        Calibrator(model, [FAMILIES["deit"].images(4)])
+    assert model.config.rule == "top_k"
+
+
+def test_training_takes_the_size_that_a_backbone_was_built_for():
+    from iared2.data.arrays import Preprocess
+
+    assert Preprocess.of(FAMILIES["deit"].build(), flip=False).size == (32, 32)
+
+
 @pytest.mark.untyped
 def test_few_pictures_and_no_classifier_are_enough(plain, tmp_path, caplog):
     """A fifth is held out of what there is; a tower without classes is rewarded by the cosine of its embeddings."""

@@ -38,10 +38,8 @@ def put(values: dict[str, Any], path: list[str], value: Any) -> None:
             if part not in values and not _free(path[:depth]):
                 raise ConfigError(unknown_key(part, list(values)))
             if part in values:
-                raise ConfigError(
-                    f"{'.'.join(path)}: {part!r} is {values[part]!r} in this recipe, so it has "
-                    "no fields to set (a budget goes with the recipe `budget`)"
-                )
+                hint = "; a budget goes with the recipe `budget`" if part == "together" else ""
+                raise ConfigError(f"{'.'.join(path)}: {part!r} is {values[part]!r} in this recipe and has no fields to set{hint}")
             values[part] = {}
         values = values[part]
     if path[-1] not in values and not _free(path[:-1]):
