@@ -47,7 +47,8 @@ def attend(  # noqa: PLR0913, PLR0917 - q, k and v are one thing in three parts
     Raises:
         ConfigError: an unknown implementation, or one that cannot serve these tensors.
     """
-    if (records := _RECORDS.get()) is not None:
+    records = None if torch.compiler.is_compiling() else _RECORDS.get()  # graphs know no context variables
+    if records is not None:
         return _recorded(q_THK, k_THK, v_THV, layout, mass_T, records)
     chosen = _choose(q_THK, layout, dropout) if impl == "auto" else impl
     bias_T = None if mass_T is None else mass_T.log().to(q_THK.dtype)
