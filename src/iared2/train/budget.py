@@ -25,8 +25,8 @@ from iared2.train.trainer import Batches, RunSettings, Stage, Task, Trainer
 logger = logging.getLogger("iared2.train")
 
 CALIBRATE_ON = 512  # pictures at most
-# Where patches are dropped by default, in parts of the depth: blocks 3, 4, 5, 7 and 9 of 12. Nine places, at every block from the
-# third on, give answers no nearer to the dense model's and take twice the time for deciding.
+# Where patches are dropped by default, in parts of the depth: blocks 3, 4, 5, 7 and 9 of 12. More places mean more deciding, and gave
+# answers no nearer to the dense model's.
 PLACES = (3 / 12, 4 / 12, 5 / 12, 7 / 12, 9 / 12)
 AROUND = (1.15, 1.07, 1.0, 0.93, 0.85)  # budgets that the trade-off is shown at, in parts of the one asked for
 
