@@ -19,7 +19,7 @@ from iared2.evaluate.faithfulness import ALL, FIGURES, TESTS, faithfulness
 from iared2.evaluate.judge import Judge
 from iared2.evaluate.randomised import randomised, rank_correlation, steps_of
 from iared2.evaluate.removal import on_grid
-from iared2.evaluate.shards import Explainer, Find, Shard, ShardedMethods, check_class, timed
+from iared2.evaluate.shards import Explainer, Find, Shard, ShardedMethods, check_class, spent, timed
 from iared2.model import ReducedTransformer
 from iared2.seeds import derive_seed
 
@@ -77,11 +77,7 @@ class FaithRow:
         return {
             "method": self.method,
             **{name: plain(self.figures.get(name)) for name in FIGURES},
-            "forwards": self.forwards,
-            "milliseconds": None if self.milliseconds is None else round(self.milliseconds, 3),
-            "images": self.images,
-            "slow": self.slow,
-            "error": self.why,
+            **spent(self),
             "intervals": {name: [plain(end) for end in self.intervals[name]] if name in self.intervals else None for name in FIGURES},
         }
 

@@ -15,7 +15,7 @@ from iared2.data.arrays import normalise
 from iared2.data.masks import MaskedBatch, MaskedImages
 from iared2.errors import DataError
 from iared2.evaluate.map_scores import FIGURES, MapScores, rank_normalise, score_maps
-from iared2.evaluate.shards import Explainer, Find, Shard, ShardedMethods, check_class, timed
+from iared2.evaluate.shards import Explainer, Find, Shard, ShardedMethods, check_class, spent, timed
 from iared2.model import ReducedTransformer
 
 
@@ -68,11 +68,7 @@ class MapRow:
         return {
             "method": self.method,
             **_plain(self.raw),
-            "forwards": self.forwards,
-            "milliseconds": None if self.milliseconds is None else round(self.milliseconds, 3),
-            "images": self.images,
-            "slow": self.slow,
-            "error": self.why,
+            **spent(self),
             "intervals": _plain_pairs(self.raw_intervals),
             "rank": {**_plain(self.rank), "intervals": _plain_pairs(self.rank_intervals)},
         }

@@ -245,6 +245,17 @@ class ShardedMethods(ABC, Generic[Data, Batch, Row]):
         return self.row(explainer, name, full)
 
 
+def spent(row: Any) -> dict[str, Any]:
+    """What a method's row says in JSON beside its figures: cost, how many images, and why there are none."""
+    return {
+        "forwards": row.forwards,
+        "milliseconds": None if row.milliseconds is None else round(row.milliseconds, 3),
+        "images": row.images,
+        "slow": row.slow,
+        "error": row.why,
+    }
+
+
 def timed(explainer: Explainer, images: Tensor, target_B: Tensor | None) -> tuple[Tensor, float]:
     """Maps of a batch, and the seconds they took."""
     synchronise(images.device)
