@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -333,9 +333,13 @@ def segment(
     names = choose_methods(methods)
     seed = common.seed or 0
     options = SegmentOptions(common.batch_size or 16, common.workers, seed, target, common.dtype, slow_limit)
-    about = {"model": model, "weights": None if weights is None else str(weights), "seed": seed}
-    request = Request(data, names, output, limit, json_file, about)
+    request = Request(data, names, output, limit, json_file, _asked(model, weights, seed))
     return run_segment(_load(model, weights, threshold, on_drop, common.device), request, options)
+
+
+def _asked(model: str, weights: Path | None, seed: int) -> dict[str, Any]:
+    """What a JSON file says of the command that made it."""
+    return {"model": model, "weights": None if weights is None else str(weights), "seed": seed}
 
 
 @app.command
@@ -366,8 +370,7 @@ def faithfulness(
     names, chosen = choose_methods(methods), choose_tests(tests)
     seed = common.seed or 0
     options = FaithOptions(common.batch_size or 16, common.workers, seed, choose_target(target), common.dtype, slow_limit, chosen)
-    about = {"model": model, "weights": None if weights is None else str(weights), "seed": seed}
-    request = Request(data, names, output, limit, json_file, about)
+    request = Request(data, names, output, limit, json_file, _asked(model, weights, seed))
     return run_faithfulness(_load(model, weights, threshold, on_drop, common.device), request, options)
 
 
