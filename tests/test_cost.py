@@ -114,7 +114,7 @@ def test_merging_pays_for_the_matching():
 
 
 @pytest.mark.parametrize("worth", [None, WorthConfig()])
-@pytest.mark.parametrize("on_drop", ["discard", "merge"])
+@pytest.mark.parametrize("on_drop", ["discard", "merge", "fuse"])
 def test_what_is_counted_is_what_runs(on_drop, worth):
     """Torch's counter on a real pass of one image, for which nothing is padded; norms are no products, and prefix rows are free."""
     interpreter = InterpreterConfig(policy="class", context=worth is not None)

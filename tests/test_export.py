@@ -19,7 +19,9 @@ def _model(name: str, on_drop: str, **settings) -> iared2.ReducedTransformer:
     return model
 
 
-@pytest.mark.parametrize(("name", "on_drop"), [("deit", "discard"), ("deit", "merge"), ("avg", "merge"), ("siglip", "discard")])
+@pytest.mark.parametrize(
+    ("name", "on_drop"), [("deit", "discard"), ("deit", "merge"), ("deit", "fuse"), ("avg", "merge"), ("siglip", "discard")]
+)
 def test_top_k_runs_in_onnxruntime(name, on_drop, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

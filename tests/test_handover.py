@@ -121,6 +121,45 @@ def test_no_gradient_flows_through_the_choice_but_through_the_mean():
     assert features_TF.grad is None and torch.allclose(x_TD.grad, torch.full((3, 4), 1 / 3).double())
 
 
+@given(kept=packs.images, prefix=PREFIX, share=st.sampled_from([0.0, 0.3, 0.7, 1.0]), seed=packs.seeds)
+def test_fusing_makes_one_token_of_all_that_are_dropped(kept, prefix, share, seed):
+    tokens = make_pack(kept, prefix, seed=seed)
+    assume(len(tokens.x_TD))
+    draw = torch.Generator().manual_seed(seed)
+    score_T = torch.randint(3, (len(tokens.x_TD),), generator=draw) / 2  # with ties
+    chosen, layout = select(packs.keep_mask(tokens.layout, draw, share), tokens.layout), tokens.layout
+    after = hand_over(tokens, chosen, "fuse", relevance_T=score_T)
+    stays, rows = set(chosen.index_S.tolist()), []
+    for image in rows_of(layout):
+        gone = [r for r in image if r not in stays]
+        best = max(gone, key=lambda r: (score_T[r], -r), default=None)
+        rows += [gone if row == best else [row] for row in image if row in stays or row == best]
+    assert after.mass_T.tolist() == [len(parts) for parts in rows]
+    for found_D, parts in zip(after.x_TD, rows, strict=True):
+        torch.testing.assert_close(found_D, tokens.x_TD[parts].mean(0))
+    assert (after.carrier_BN >= 0).sum() == layout.is_patch_T.sum()  # nobody is lost, even where no patch is kept
+
+
+@given(images=st.integers(1, 3), prefix=PREFIX, k=st.integers(0, PLACES), seed=packs.seeds)
+def test_fusing_keeps_equal_lengths_equal(images, prefix, k, seed):
+    draw = torch.Generator().manual_seed(seed)
+    uniform, ragged = (make_pack([list(range(PLACES))] * images, prefix, seed=seed, uniform=known) for known in (True, False))
+    row_BK = torch.stack([torch.randperm(PLACES, generator=draw)[:k] for _ in range(images)]) + prefix
+    chosen = select_places(row_BK, uniform.layout)
+    score_T = torch.rand(len(uniform.x_TD), generator=draw)
+    after = hand_over(uniform, chosen, "fuse", relevance_T=score_T)
+    wanted = hand_over(ragged, Selection(chosen.index_S, chosen.cu_B1), "fuse", relevance_T=score_T)
+    assert after.layout.uniform == prefix + min(k + 1, PLACES)
+    assert torch.equal(after.x_TD, wanted.x_TD) and torch.equal(after.layout.origin_T, wanted.layout.origin_T)
+    assert torch.equal(after.layout.cu_B1, wanted.layout.cu_B1) and torch.equal(after.carrier_BN, wanted.carrier_BN)
+
+
+def test_fusing_without_relevance_is_a_mistake_of_the_caller():
+    tokens = make_pack([[0, 1, 2]], 1)
+    with pytest.raises(ValueError, match="how relevant tokens are"):
+        hand_over(tokens, select(torch.tensor([True, False, True, False]), tokens.layout), "fuse")
+
+
 def test_merging_without_similarities_is_a_mistake_of_the_caller():
     tokens = make_pack([[0, 1, 2]], 1)
     with pytest.raises(ValueError, match="how similar tokens are"):

@@ -1,5 +1,6 @@
 """Interpreters trained together: evidence against finite differences, estimators against enumeration, stages that train what they say."""
 
+import copy
 import itertools
 from dataclasses import dataclass
 
@@ -209,8 +210,6 @@ def test_repeated_states_end_where_the_single_one_does():
 
 
 def test_distilling_trains_blocks_from_the_first_reduction_on_towards_the_dense_answers():
-    import copy
-
     reduced, data = model(), batch(8)
     teacher = copy.deepcopy(reduced.backbone)
     task = DistilTask(reduced, teacher)
@@ -230,6 +229,22 @@ def test_distilling_trains_blocks_from_the_first_reduction_on_towards_the_dense_
     assert all(name.removeprefix("backbone.").startswith(later) for name in changed)
     assert any(name.startswith("backbone.blocks.1") for name in changed)
     assert torch.equal(teacher.head.weight, before["backbone.head.weight"])
+
+
+def test_distilling_asks_the_dense_model_once_per_picture():
+    reduced, data, asked = model(), batch(4), []
+    teacher = copy.deepcopy(reduced.backbone).eval()
+    teacher.register_forward_hook(lambda _module, images, _output: asked.append(len(images[0])))
+    task = DistilTask(reduced, teacher, Memory())
+    task.begin()
+    first = task(data)["loss"]
+    swapped = {name: value.flip(0) for name, value in data.items()}
+    torch.testing.assert_close(task(swapped)["loss"], first)
+    assert asked == [4] and task.remembers
+    again = DistilTask(reduced, teacher, Memory())
+    again.look_back(data)
+    torch.testing.assert_close(again(data)["loss"], first)
+    assert asked == [4, 4]
 
 
 # ---- baselines ------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
 
 
 @pytest.mark.untyped
-@pytest.mark.parametrize("on_drop", ["discard", "merge"])
+@pytest.mark.parametrize("on_drop", ["discard", "merge", "fuse"])
 def test_compiled_it_is_the_same_for_all_lengths(on_drop):
     from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -41,7 +41,7 @@ app = App(
     suppress_keyboard_interrupt=False,  # main says one line
 )
 
-OnDropChoice = Literal["discard", "merge"]
+OnDropChoice = Literal["discard", "merge", "fuse"]
 DtypeChoice = Literal["float32", "bfloat16", "float16"]
 Threshold = Annotated[float | None, Parameter(help="Keep patches whose score is above this; -1 keeps all. Default: the model's own.")]
 OnDropOption = Annotated[OnDropChoice | None, Parameter(help="What becomes of dropped patches. Default: the model's own choice.")]

@@ -60,8 +60,8 @@ def _check(model: ReducedTransformer) -> None:
             f"call model.configure(rule='top_k', ratios=({ratios},)) first, with the shares of patches to keep"
         )
     pool = getattr(model.backbone, "global_pool", "token")
-    if config.on_drop == "merge" and pool not in ("token", "avg", ""):
-        raise ConfigError(f"export: pooling {pool!r} does not export with on_drop='merge'; use on_drop='discard'")
+    if config.on_drop != "discard" and pool not in ("token", "avg", ""):
+        raise ConfigError(f"export: pooling {pool!r} does not export with on_drop={config.on_drop!r}; use on_drop='discard'")
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"export: {' and '.join(missing)} not installed; run pip install 'iared2[onnx]'")

@@ -3,34 +3,49 @@
 `discard` is the paper's. `merge` averages each dropped token, by mass, into the most similar kept patch token
 of its image; from then on attention counts a token as often as it has patches. Where an image keeps no patch,
 nothing is handed over. Similarity is the cosine between features (the previous block's keys, heads concatenated).
+`fuse` averages all dropped tokens of an image into one summary token, which goes on in the place of the best of them (EViT's
+idea, weighted by mass here); the next reduction judges it like any other token.
 """
 
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from iared2.similarity import Cosines, nearest_among
-from iared2.tokens.packed import PackedTokens, Selection, gone_rows, merge, take
+from iared2.tokens.packed import PackedTokens, Selection, gone_rows, merge, take, with_best_of_gone
 
-OnDrop = Literal["discard", "merge"]
+OnDrop = Literal["discard", "merge", "fuse"]
 
 
 def hand_over(
-    tokens: PackedTokens, chosen: Selection, how: OnDrop, cosines: Cosines | None = None, keep_length: bool = False
+    tokens: PackedTokens,
+    chosen: Selection,
+    how: OnDrop,
+    cosines: Cosines | None = None,
+    relevance_T: Float[Tensor, " T"] | None = None,
+    keep_length: bool = False,
 ) -> PackedTokens:
     """Goes on with the chosen rows and disposes of the others.
 
     Args:
-        cosines: similarities between the tokens; needed by "merge", unused by "discard".
+        cosines: similarities between the tokens; needed by "merge" alone.
+        relevance_T: says which dropped token is the best of its image; needed by "fuse" alone.
         keep_length: merged tokens get the average length of their parts (`packed.merge`).
     """
+    rows = tokens.layout.image_T.shape[0]
     if how == "discard":
         return take(tokens, chosen)
+    if how == "fuse":
+        if relevance_T is None:
+            raise ValueError("hand-over: 'fuse' needs to know how relevant tokens are")
+        chosen, summary_B = with_best_of_gone(chosen, relevance_T, tokens.layout)
+        gone_G = gone_rows(chosen, rows)
+        return merge(tokens, chosen, gone_G, summary_B[tokens.layout.image_T[gone_G]], keep_length)
     if cosines is None:
         raise ValueError("hand-over: 'merge' needs to know how similar tokens are")
-    gone_G = gone_rows(chosen, tokens.layout.image_T.shape[0])
+    gone_G = gone_rows(chosen, rows)
     return merge(tokens, chosen, gone_G, carriers(cosines, chosen, gone_G), keep_length)
 
 

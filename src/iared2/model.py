@@ -171,7 +171,7 @@ def reduce(
         backbone: any timm `VisionTransformer`, or a model with a registered adapter.
         groups: how many equal groups, or the first block of each group.
         interpreter: how patches are scored.
-        on_drop: "discard" dropped tokens as in the paper, or "merge" them into kept ones.
+        on_drop: "discard" dropped tokens as in the paper, "merge" them into kept ones, or "fuse" them into one summary token.
         settings: `place`, `worth`, `keep_length`, `rule`, `thresholds`, `ratios` of `ReductionConfig`.
 
     Raises:

@@ -82,7 +82,7 @@ class _Untrained(Reducer):
     def __init__(self, rule: KeepRule, on_drop: OnDrop, width: int) -> None:
         super().__init__()
         self.rule, self.on_drop, self.width = rule, on_drop, width
-        self.merges = self.wants_keys = on_drop == "merge"
+        self.merges, self.wants_keys = on_drop != "discard", on_drop == "merge"
 
     @abstractmethod
     def scores(self, tokens: PackedTokens, class_TH: Float[Tensor, "T H"] | None) -> Float[Tensor, " T"]:
@@ -94,12 +94,12 @@ class _Untrained(Reducer):
         score_T = self.scores(tokens, class_TH)
         chosen = self.rule(score_T, tokens.layout)
         features_TF = tokens.x_TD if key_THK is None else key_THK.flatten(1)
-        cosines = compare(features_TF, tokens.layout) if self.merges else None
-        return Reduction(tokens.layout, score_T, chosen, hand_over(tokens, chosen, self.on_drop, cosines))
+        cosines = compare(features_TF, tokens.layout) if self.wants_keys else None
+        return Reduction(tokens.layout, score_T, chosen, hand_over(tokens, chosen, self.on_drop, cosines, score_T))
 
     def macs(self, entering: int, kept: int) -> int:
         del kept
-        return comparing_macs(entering, self.width) if self.merges else 0
+        return comparing_macs(entering, self.width) if self.wants_keys else 0
 
 
 class AttentionReducer(_Untrained):

@@ -34,7 +34,7 @@ class InterpreterReducer(Reducer):
         interpreter: the scorer.
         worth: makes chances of scores; None lets the rule act on the score itself, as the paper does.
         rule: the keep rule; may be replaced at any time.
-        on_drop: "discard" or "merge".
+        on_drop: "discard", "merge" or "fuse".
         keep_length: whether merged tokens keep the average length of their parts.
     """
 
@@ -47,7 +47,7 @@ class InterpreterReducer(Reducer):
 
     @property
     def wants_keys(self) -> bool:  # type: ignore[override]
-        return self.merges or (self.worth is not None and self.worth.compares)
+        return self._matches or (self.worth is not None and self.worth.compares)
 
     @property
     def wants_class(self) -> bool:  # type: ignore[override]
@@ -55,6 +55,11 @@ class InterpreterReducer(Reducer):
 
     @property
     def merges(self) -> bool:  # type: ignore[override]
+        return self.on_drop != "discard"
+
+    @property
+    def _matches(self) -> bool:
+        """Whether dropped patches look for the most similar kept one."""
         return self.on_drop == "merge"
 
     def forward(
@@ -67,7 +72,7 @@ class InterpreterReducer(Reducer):
         """What keep rules and hand-over need to know of scored tokens."""
         features_TF = tokens.x_TD if key_THK is None else key_THK.flatten(1)
         if self.worth is None:
-            cosines = compare(features_TF, tokens.layout) if self.merges else None
+            cosines = compare(features_TF, tokens.layout) if self._matches else None
             return Judged(score_T, score_T, cosines)
         cosines = compare(features_TF, tokens.layout, relevance(score_T, tokens).detach()) if self.wants_keys else None
         return Judged(score_T, self.worth(score_T, tokens, cosines), cosines)
@@ -75,7 +80,7 @@ class InterpreterReducer(Reducer):
     def apply_rule(self, rule: KeepRule, tokens: PackedTokens, judged: Judged) -> Reduction:
         """The reduction that `rule` makes of judged tokens (training applies several rules to the same)."""
         chosen = rule(judged.chance_T, tokens.layout)
-        after = hand_over(tokens, chosen, self.on_drop, judged.cosines, self.keep_length)
+        after = hand_over(tokens, chosen, self.on_drop, judged.cosines, judged.chance_T, self.keep_length)
         return Reduction(tokens.layout, judged.score_T, chosen, after, None if self.worth is None else judged.chance_T)
 
     def macs(self, entering: int, kept: int) -> int:

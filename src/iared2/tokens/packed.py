@@ -232,6 +232,29 @@ def select_places(row_BK: Int[Tensor, "B K"], layout: Layout) -> Selection:
     return Selection((rows + start).reshape(-1), cu_B1, uniform=total)
 
 
+def with_best_of_gone(chosen: Selection, relevance_T: Float[Tensor, " T"], layout: Layout) -> tuple[Selection, Int[Tensor, " B"]]:
+    """The chosen rows, and of every image the most relevant patch that was not chosen (of equals the earlier one).
+
+    Returns:
+        The selection, and that row of each image; -1 where all patches were chosen.
+    """
+    row_T = torch.arange(relevance_T.shape[0], device=relevance_T.device)
+    gone_T = layout.is_patch_T.index_fill(0, chosen.index_S, False)
+    gone_BN = scatter_places(gone_T.long(), layout) > 0
+    # Relevance is not negative, and NaN is what topk and argmax call the largest: damage shows.
+    ranked_BN = scatter_places(relevance_T.detach().float(), layout).masked_fill(~gone_BN, float("-inf"))
+    best_BN = scatter_places(row_T, layout).gather(1, ranked_BN.argmax(1, keepdim=True))
+    best_B = torch.where(gone_BN.any(1), best_BN.squeeze(1), GONE)
+    if chosen.uniform is None or layout.uniform is None:
+        keep_T = torch.zeros_like(gone_T).index_fill(0, chosen.index_S, True) | (row_T == best_B[layout.image_T])
+        return select(keep_T, layout), best_B
+    if chosen.uniform == layout.uniform:
+        return chosen, best_B
+    first_B1 = torch.arange(layout.images, device=row_T.device)[:, None] * layout.uniform
+    patch_BK = chosen.index_S.view(layout.images, chosen.uniform)[:, layout.prefix :] - first_B1
+    return select_places(torch.cat([patch_BK, best_B[:, None] - first_B1], dim=1), layout), best_B
+
+
 def take(tokens: PackedTokens, chosen: Selection) -> PackedTokens:
     """Keeps the chosen rows; patches that were carried by the others are gone."""
     kept = _shortened(tokens.layout, chosen)

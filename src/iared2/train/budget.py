@@ -113,7 +113,9 @@ def _stages(settings: TogetherSettings, model: ReducedTransformer, feeds: Feeds,
         elif name == "walks":
             task = WalkTask(model, settings.walk, memory, share)
         else:
-            task = DistilTask(model, copy.deepcopy(model.backbone).eval().requires_grad_(False))
+            # A memory of its own: the evidence's pass gives other last digits, and a resumed run must not see the difference.
+            own = Memory() if settings.remember else None
+            task = DistilTask(model, copy.deepcopy(model.backbone).eval().requires_grad_(False), own)
         stages.append(Stage(name, task, feeds.train, epochs, optim))
     return stages
 

@@ -39,6 +39,11 @@ class Memory:
     evidence: dict[int, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
 
+    def outputs_of(self, indices: Sequence[int]) -> Tensor | None:
+        """The dense model's outputs for these pictures, if all of them are known."""
+        known = all(index in self.outputs for index in indices)
+        return torch.stack([self.outputs[index].float() for index in indices]) if known else None
+
 
 class TogetherTask(Task):
     """What the stages share: which parameters learn, and what the dense model says of a picture.
@@ -67,9 +72,8 @@ class TogetherTask(Task):
     def dense(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, "G B N"], Float[Tensor, "B C"]]:
         """Evidence for each group on the grid, and the dense model's output."""
         indices, memory = batch["indices"].tolist(), self._memory
-        if memory is not None and all(index in memory.outputs for index in indices):
-            found = torch.stack([memory.evidence[index].float() for index in indices], dim=1)
-            return found, torch.stack([memory.outputs[index].float() for index in indices])
+        if memory is not None and (known := memory.outputs_of(indices)) is not None:
+            return torch.stack([memory.evidence[index].float() for index in indices], dim=1), known
         evidence, output = dense_evidence(self.model, batch["images"])
         first = 1 if self.model.config.place == "between" else 0  # the block's own attention has run by then
         blocks = [min(block + first, self.model.adapter.depth - 1) for block in self.model.config.first_blocks]
@@ -272,9 +276,9 @@ class DistilTask(Task):
     saw, and stay too.
     """
 
-    def __init__(self, model: ReducedTransformer, teacher: nn.Module) -> None:
+    def __init__(self, model: ReducedTransformer, teacher: nn.Module, memory: Memory | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._memory = model, memory
         self._teacher = (teacher,)  # in a tuple: no part of this module, and so neither trained nor saved
 
     def begin(self) -> None:
@@ -285,10 +289,26 @@ class DistilTask(Task):
             early = name.startswith("blocks.") and int(name.split(".")[1]) < first
             parameter.requires_grad_(name not in fixed and not early)
 
+    @property
+    def remembers(self) -> bool:
+        return self._memory is not None
+
+    def look_back(self, batch: dict[str, Tensor]) -> None:
+        self.wanted(batch)
+
+    @torch.no_grad()
+    def wanted(self, batch: dict[str, Tensor]) -> Float[Tensor, "B C"]:
+        """The dense model's output."""
+        (dense,), indices = self._teacher, batch["indices"].tolist()
+        if self._memory is not None and (known := self._memory.outputs_of(indices)) is not None:
+            return known
+        output = dense(batch["images"]).float()
+        if self._memory is not None:
+            self._memory.outputs.update(zip(indices, output.unbind(0), strict=True))
+        return output
+
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        (dense,) = self._teacher
-        with torch.no_grad():
-            output = dense(batch["images"]).float()
+        output = self.wanted(batch)
         found = self.model.logits(batch["images"]).float()
         if self.model.num_classes:
             loss = F.kl_div(found.log_softmax(1), output.log_softmax(1), reduction="batchmean", log_target=True)
