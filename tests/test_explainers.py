@@ -1,5 +1,7 @@
 """Explainers against references that share nothing with them: timm run by hand, captum, two-token examples, conservation."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from iared2.explain.methods import METHODS, find_explainer, method_list, method_
 from iared2.explain.perturbing import rise
 from iared2.explain.propagation import relevance_of, relevance_pass
 from iared2.explain.relevance import Rules, propagating
+from iared2.tokens.grid import to_pixels
 
 NEED_FILES = {"memorability"}
 CAPTUM = {"ig", "smoothgrad", "occlusion", "lime"}
@@ -144,6 +147,35 @@ def test_attnlrp_without_gamma_is_gradient_times_input_where_nothing_bends():
         out = F.linear(x, weight)
     (found,) = torch.autograd.grad(out[:, 1], x, out[:, 1].detach())
     torch.testing.assert_close(found, x.detach() * weight[1], rtol=1e-6, atol=1e-6)
+
+
+def test_attnlrp_gives_nothing_to_what_every_picture_has():
+    """Positions and biases carry relevance too, but a patch without content shows none of it."""
+    model, images = model_of(), FAMILIES["deit"].images(2)
+    images[0] = 0.0
+    images[1, :, :8, 8:16] = 0.0
+    black, partly = find_explainer("attnlrp", model)(images)
+    assert (black == 0).all() and partly[0, 1] == 0 and (partly != 0).sum() == 15
+
+
+@pytest.mark.parametrize("name", ["deit", "dinov2_reg", "avg"])
+def test_gradcam_is_that_of_grad_cam(name):
+    """pytorch-grad-cam, told where a ViT's patches are; it scales to [0, 1] and to the size of the picture."""
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    model, images = model_of(name), FAMILIES[name].images(3)
+    prefix, backbone = model.adapter.prefix, copy.deepcopy(model.backbone).requires_grad_(True)
+
+    def patches(x_BSD: torch.Tensor) -> torch.Tensor:
+        return x_BSD[:, prefix:].transpose(1, 2).unflatten(2, (4, 4))
+
+    with GradCAM(backbone, [backbone.blocks[-2]], reshape_transform=patches) as cam:
+        wanted = torch.from_numpy(cam(images, [ClassifierOutputTarget(2)] * 3))
+    found = to_pixels(find_explainer("gradcam", model)(images, torch.full((3,), 2)), (32, 32))
+    found = found - found.amin((1, 2), keepdim=True)
+    found = found / found.amax((1, 2), keepdim=True)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

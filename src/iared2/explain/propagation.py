@@ -8,7 +8,7 @@ from torch import Tensor
 
 from iared2.explain.attention import Maps, Target, first_layer, relevance_rollout
 from iared2.explain.dense import DensePass, attention_gradients, dense_pass, explained_class, gain
-from iared2.explain.relevance import Rules, propagating
+from iared2.explain.relevance import Rules, propagating, share
 from iared2.model import ReducedTransformer
 
 
@@ -40,10 +40,13 @@ def partial_lrp(model: ReducedTransformer, images: Tensor, target_B: Target) -> 
 
 
 def attnlrp(model: ReducedTransformer, images: Tensor, target_B: Target, gamma: float = 0.25) -> Maps:
-    """AttnLRP to the embedded patches, channels added up; gamma as its authors take for vision transformers."""
+    """AttnLRP to the pixels' part of the embedded patches, channels added up; gamma as its authors take for vision transformers."""
     passed = relevance_pass(model, images, Rules(len(images), attn=True, gamma=gamma))
     (found_TD,) = relevance_of(passed, passed.token_TD[:1], target_B, model.num_classes, unit=False)
-    return passed.patches(found_TD.sum(-1).view(len(images), -1))
+    x_TD = passed.token_TD[0].detach()
+    with torch.no_grad():  # positions and biases are in every picture: by the rule for sums they take their share, and it shows nothing
+        constant_TD = model.adapter.embed(torch.zeros_like(images)).x_TD
+    return passed.patches((share(found_TD, x_TD) * (x_TD - constant_TD)).sum(-1).view(len(images), -1))
 
 
 def transformer_attribution(model: ReducedTransformer, images: Tensor, target_B: Target) -> Maps:

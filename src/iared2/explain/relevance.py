@@ -44,7 +44,7 @@ class Rules:
     gamma: float = 0.0
 
 
-def _share(relevance: Tensor, of: Tensor) -> Tensor:
+def share(relevance: Tensor, of: Tensor) -> Tensor:
     """R / z, with z kept away from zero."""
     return relevance / (of + torch.where(of < 0, -_LEAST, _LEAST))
 
@@ -77,11 +77,11 @@ class _Linear(torch.autograd.Function):
         up, down, more, less = x.clamp(min=0), x.clamp(max=0), weight.clamp(min=0), weight.clamp(max=0)
         agreeing = up @ more.T + down @ less.T
         if not ctx.rules.attn:
-            share = _share(relevance, agreeing)
-            return up * (share @ more) + down * (share @ less), None, None, None
+            part = share(relevance, agreeing)
+            return up * (part @ more) + down * (part @ less), None, None, None
         gamma, opposing = ctx.rules.gamma, up @ less.T + down @ more.T
-        above = torch.where(out >= 0, _share(relevance, out + gamma * agreeing), 0.0)
-        below = torch.where(out < 0, _share(relevance, out + gamma * opposing), 0.0)
+        above = torch.where(out >= 0, share(relevance, out + gamma * agreeing), 0.0)
+        below = torch.where(out < 0, share(relevance, out + gamma * opposing), 0.0)
         found = x * ((above + below) @ weight)
         if gamma:
             found = found + gamma * (up * (above @ more + below @ less) + down * (above @ less + below @ more))
@@ -100,8 +100,8 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple:
         one, two = ctx.saved_tensors
-        share = _share(relevance, one + two)
-        parts = one * share, two * share
+        part = share(relevance, one + two)
+        parts = one * part, two * part
         return (*(parts if ctx.rules.attn else _put_right(parts, relevance, ctx.rules.images)), None)
 
 
@@ -111,7 +111,7 @@ def _put_right(parts: tuple[Tensor, Tensor], relevance: Tensor, images: int) -> 
     weight_B = one_B.abs() + two_B.abs() + _LEAST
 
     def scaled(part: Tensor, total_B: Tensor) -> Tensor:
-        return (part.reshape(images, -1) * _share(total_B.abs() / weight_B * whole_B, total_B)).view_as(part)
+        return (part.reshape(images, -1) * share(total_B.abs() / weight_B * whole_B, total_B)).view_as(part)
 
     return scaled(parts[0], one_B), scaled(parts[1], two_B)
 
@@ -128,8 +128,8 @@ class _Matmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple:
         one, two, out = ctx.saved_tensors
-        share = _share(relevance, out) / 2
-        return one * (share @ two.transpose(-2, -1)), two * (one.transpose(-2, -1) @ share)
+        part = share(relevance, out) / 2
+        return one * (part @ two.transpose(-2, -1)), two * (one.transpose(-2, -1) @ part)
 
 
 class _Softmax(torch.autograd.Function):
