@@ -1,6 +1,7 @@
 """The command line. The only place that configures logging and catches errors.
 
-Exit codes: 0 all is well; 1 some files failed; 2 nothing could be done, or the command is wrong; 70 a defect of ours; 130 interrupted.
+Exit codes: 0 all is well; 1 some files failed (training leaves them out and says so); 2 nothing could be done, or the command is
+wrong; 70 a defect of ours; 130 interrupted.
 """
 
 import json

@@ -1,5 +1,6 @@
 """`iared2 calibrate`: thresholds for a budget or an allowed disagreement, on a folder of pictures, into a new model folder."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from iared2.evaluate.calibrate import Calibrator
 from iared2.evaluate.classify import eval_preprocess
 from iared2.runtime import pick_device, precision
 from iared2.saving import load_reduced, save_reduced
+
+logger = logging.getLogger("iared2.evaluate")
+
+ENOUGH = 50  # pictures, below which a calibration is taken with a grain of salt
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ def run_calibration(model: str, data: Path, output: Path, wish: Wish, options: C
         calibrator = Calibrator(reduced, [batch["images"].to(place) for batch in batches.epoch(0)])
         expected = calibrator.meet(budget) if budget is not None else calibrator.to_disagreement(wish.disagreement or 0.0)
     save_reduced(reduced, output)
+    if len(pictures) < ENOUGH:
+        logger.warning("chosen on %d pictures: other pictures may cost and answer otherwise; a few hundred are wanted", len(pictures))
     Console().print(
         f"{expected.line()}, in {options.dtype}\nthe model with these thresholds is in {output}",
         markup=False,
