@@ -317,18 +317,24 @@ def merge(
 
 
 def _averaged(x_TD: Tensor, own_T: Tensor, index_S: Tensor, gone_G: Tensor, slot_G: Tensor, keep_length: bool) -> Float[Tensor, "S D"]:
-    """The rows at `index_S` (the last one spare), of which those that receive others are averaged. Few do: nobody else is computed on."""
+    """The rows at `index_S` (the last one spare), with the dropped rows averaged in. Few kept rows receive any: the others are only copied.
+
+    A heap is a kept row that receives, and the dropped rows that it receives. Heaps are numbered in the order of their receivers; there are
+    at most as many as dropped rows, and numbers beyond the last heap belong to the spare row, so that no shape depends on how many receive.
+    """
+    spare = index_S.shape[0] - 1
     receives_S = torch.zeros_like(index_S).index_fill(0, slot_G, 1)
-    heap_G = (receives_S.cumsum(0) - 1)[slot_G]  # rows with one carrier make one heap
-    receiver_G = torch.full_like(gone_G, index_S.shape[0] - 1).scatter(0, heap_G, slot_G)  # heaps that do not exist end in the spare row
-    rows_G2 = torch.cat([index_S[receiver_G], gone_G])
+    heap_G = (receives_S.cumsum(0) - 1)[slot_G]  # of each dropped row
+    receiver_G = torch.full_like(gone_G, spare).scatter(0, heap_G, slot_G)  # of each heap
+    # All that lies in heaps: first one receiver per heap, then the dropped rows.
     heap_G2 = torch.cat([torch.arange(gone_G.shape[0], device=gone_G.device), heap_G])
-    part, mass_G2 = x_TD[rows_G2].to(own_T.dtype), own_T[rows_G2]
-    zeros = part.new_zeros(gone_G.shape[0], part.shape[1])
-    mass_G = zeros[:, 0].index_add(0, heap_G2, mass_G2)
-    mean_GD = zeros.index_add(0, heap_G2, part * mass_G2[:, None]) / mass_G[:, None]
+    row_G2 = torch.cat([index_S[receiver_G], gone_G])
+    part_G2D, mass_G2 = x_TD[row_G2].to(own_T.dtype), own_T[row_G2]
+    zeros_GD = part_G2D.new_zeros(gone_G.shape[0], part_G2D.shape[1])
+    mass_G = zeros_GD[:, 0].index_add(0, heap_G2, mass_G2)
+    mean_GD = zeros_GD.index_add(0, heap_G2, part_G2D * mass_G2[:, None]) / mass_G[:, None]
     if keep_length:
-        length_G = zeros[:, 0].index_add(0, heap_G2, part.norm(dim=1) * mass_G2) / mass_G
+        length_G = zeros_GD[:, 0].index_add(0, heap_G2, part_G2D.norm(dim=1) * mass_G2) / mass_G
         mean_GD = torch.nn.functional.normalize(mean_GD, dim=1) * length_G[:, None]
     return x_TD[index_S].index_copy(0, receiver_G, mean_GD.to(x_TD.dtype))
 
