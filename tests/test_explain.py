@@ -17,9 +17,12 @@ from PIL import Image
 
 from iared2.data.pictures import Failure
 from iared2.explain import class_names, explain, interpreter_maps, measure
+from iared2.explain.ours import trace_with_heads
+from iared2.reducers.baselines import RandomReducer
 from iared2.report import colours, files, page, pictures
 from iared2.report.gallery import Gallery, GallerySettings, Preparation
 from iared2.saving import load_reduced, save_reduced, sha256
+from iared2.worth import WorthConfig
 
 GROUPS = 3
 
@@ -90,6 +93,48 @@ def test_maps_come_from_the_trace_and_dropped_patches_count_as_zero(model):
             gone = ~trace.keep_GBN[group - 1, 0]
             assert gone.any()
             assert (trace.score_GBN[group, 0][gone] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"on_drop": "merge", "place": "between", "worth": WorthConfig()},
+        {"interpreter": iared2.InterpreterConfig(policy="class", context=True), "groups": (1, 3), "on_drop": "merge"},
+    ],
+    ids=["paper", "between", "context"],
+)
+def test_heads_are_those_whose_mean_is_the_score_and_the_walk_is_the_models_own(settings):
+    interpreter = iared2.InterpreterConfig(init_score=0.5)
+    reduced = iared2.reduce(timm.create_model("iared2_mini_patch8_64"), **{"groups": GROUPS, "interpreter": interpreter} | settings).eval()
+    for parameter in reduced.reducers.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    images = torch.randn(3, 3, 64, 64)
+    with torch.inference_mode():
+        logits, trace, heads = trace_with_heads(reduced, images)
+        own_logits, own = reduced.trace(images)
+    assert torch.equal(logits, own_logits) and torch.equal(trace.keep_GBN, own.keep_GBN) and trace.macs == own.macs
+    assert torch.equal(trace.score_GBN, own.score_GBN) and trace.keep_ratio.min() < 1
+    assert heads.shape == (trace.groups, 3, reduced.reducers[0].interpreter.heads, 64)
+    assert torch.allclose(heads.mean(2), own.score_GBN, atol=1e-6)
+    assert heads.std(2).max() > 0.01  # heads do differ
+
+
+def test_reducers_without_an_interpreter_have_no_heads(model):
+    model.reducers[1] = RandomReducer(0.5)
+    _, trace, heads = trace_with_heads(model, torch.randn(1, 3, 64, 64))
+    assert heads is None and trace.groups == GROUPS
+
+
+def test_multiply_adds_add_up_group_by_group(model):
+    (explanation,) = explain(model, torch.randn(1, 3, 64, 64))
+    trace = explanation.trace
+    assert explanation.macs_G[-1] == trace.macs[0]
+    kept = [*trace.keep_GBN[:, 0].sum(-1).tolist()]
+    first = model.adapter.embed_macs(64, 64) + model.reducers[0].macs(64, kept[0])
+    blocks = range(trace.first_blocks[0], trace.first_blocks[1])
+    assert explanation.macs_G[0] == first + sum(model.adapter.block_cost(b).macs(model.adapter.prefix + kept[0]) for b in blocks)
+    assert explanation.macs_G[0] < explanation.macs_G[1] < explanation.macs_G[2] < trace.dense_macs
 
 
 def test_predictions_are_the_logits_best_first(model):

@@ -25,6 +25,7 @@ def reduced_macs(  # noqa: PLR0913, PLR0917 - what was done, and how it is count
     kept: Sequence[int],
     products: bool = True,
     between: bool = False,
+    until: int | None = None,
 ) -> int:
     """Multiply-adds of one image.
 
@@ -35,12 +36,13 @@ def reduced_macs(  # noqa: PLR0913, PLR0917 - what was done, and how it is count
         kept: patch tokens after each reducer, in the order of blocks.
         products: whether to count q k^T and weights v.
         between: reducers act between a block's halves instead of before it.
+        until: counts what runs before that block; None counts all blocks and the head.
     """
     total = adapter.embed_macs(*size)
     rows, columns = adapter.grid(*size)
     pooled = patches  # merged patches are un-merged before the head, so that each counts once there
     after = iter(kept)
-    for block in range(adapter.depth):
+    for block in range(adapter.depth if until is None else until):
         attended = patches
         if block in reducers:
             left = next(after)
@@ -50,4 +52,4 @@ def reduced_macs(  # noqa: PLR0913, PLR0917 - what was done, and how it is count
         tokens, fed = adapter.prefix + (attended if between else patches), adapter.prefix + patches
         cost = adapter.block_cost(block)
         total += cost.macs(tokens, fed) if products else cost.linear(tokens, fed)
-    return total + adapter.head_macs(adapter.prefix + pooled, rows * columns)
+    return total + (adapter.head_macs(adapter.prefix + pooled, rows * columns) if until is None else 0)

@@ -94,10 +94,10 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
             dense_macs=cost.dense_macs(self.adapter, *size),
         )
 
-    def macs(self, size: tuple[int, int], patches: int, kept: Sequence[int], products: bool = True) -> int:
+    def macs(self, size: tuple[int, int], patches: int, kept: Sequence[int], products: bool = True, until: int | None = None) -> int:
         """Multiply-adds of one image of `size` = (height, width) pixels; see `cost.reduced_macs`."""
         reducers = dict(zip(self.config.first_blocks, self.reducers, strict=True))
-        return cost.reduced_macs(self.adapter, reducers, size, patches, kept, products, self.config.place == "between")
+        return cost.reduced_macs(self.adapter, reducers, size, patches, kept, products, self.config.place == "between", until)
 
     # ---- settings ---------------------------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from iared2.errors import ConfigError
 from iared2.explain.labels import class_names
 from iared2.model import ReducedTransformer
+from iared2.reducers.iared2 import InterpreterReducer
+from iared2.tokens.packed import scatter_places
 from iared2.trace import Trace
 
 
@@ -31,10 +33,14 @@ class Explanation:
     Attributes:
         predictions: the likeliest classes, best first; empty for a model without a classifier.
         trace: scores, kept places and cost of this image, on the host.
+        head_GHN: each head's score, whose mean over heads is the trace's score; None where a reducer has no interpreter.
+        macs_G: multiply-adds from the pixels to the end of each group; the last also has the head, so it is the trace's.
     """
 
     predictions: tuple[Prediction, ...]
     trace: Trace
+    head_GHN: Float[Tensor, "G H N"] | None
+    macs_G: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -68,14 +74,50 @@ def explain(model: ReducedTransformer, images: Float[Tensor, "B C height width"]
     """
     try:
         with torch.inference_mode():
-            logits, trace = model.trace(images)
+            logits, trace, head_GBHN = trace_with_heads(model, images)
     except torch.OutOfMemoryError:
         raise ConfigError(f"a batch of {len(images)} images does not fit into the device's memory; use a smaller --batch-size") from None
     logits = logits.float().cpu()
     trace, names = trace.cpu(), class_names(model)
     if not (torch.isfinite(logits).all() and torch.isfinite(trace.score_GBN).all()):
         raise ConfigError("the model's answer is not finite; try --dtype float32, and check its weights")
-    return [Explanation(_best(row, names, top), trace.image(i)) for i, row in enumerate(logits)]
+    heads = [None] * len(logits) if head_GBHN is None else [head_GHN.clone() for head_GHN in head_GBHN.float().cpu().unbind(1)]
+    traces = [trace.image(index) for index in range(len(logits))]
+    return [
+        Explanation(_best(row, names, top), one, head_GHN, macs_by_group(model, one, (images.shape[-2], images.shape[-1])))
+        for row, one, head_GHN in zip(logits, traces, heads, strict=True)
+    ]
+
+
+def trace_with_heads(
+    model: ReducedTransformer, images: Float[Tensor, "B C height width"]
+) -> tuple[Tensor, Trace, Float[Tensor, "G B H N"] | None]:
+    """As `model.trace`, and with it every head's score, zero where the patch was gone; None where a reducer has no interpreter.
+
+    The walk pauses in front of each reducer and asks its interpreter once more, about the very tokens that the reducer gets. So
+    nothing has to be recorded, and passes that nobody explains pay nothing.
+    """
+    state, found = model.start(images), []
+    for group, reducer in enumerate(model.reducers):
+        state = model.walk_to(state, group, reduce=range(group))
+        if isinstance(reducer, InterpreterReducer):
+            head_TH = reducer.interpreter.logits(state.tokens, state.class_TH).sigmoid()
+            found.append(scatter_places(head_TH, state.tokens.layout).transpose(1, 2))
+    state = model.walk(state, model.adapter.depth)
+    trace = model.make_trace(state.reductions, (images.shape[-2], images.shape[-1]))
+    return model.adapter.head(state.tokens), trace, torch.stack(found) if len(found) == trace.groups else None
+
+
+def macs_by_group(model: ReducedTransformer, trace: Trace, size: tuple[int, int]) -> tuple[int, ...]:
+    """Multiply-adds from the pixels to the end of each group's last block; with the last group's comes the head.
+
+    Args:
+        trace: of one image.
+        size: its input's height and width in pixels.
+    """
+    kept = trace.keep_GBN[:, 0].sum(-1).tolist()
+    ends = (*trace.first_blocks[1:], None)
+    return tuple(model.macs(size, trace.keep_GBN.shape[-1], kept, until=end) for end in ends)
 
 
 def _best(logits: Float[Tensor, " classes"], names: Sequence[str] | None, top: int) -> tuple[Prediction, ...]:
