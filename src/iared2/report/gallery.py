@@ -21,7 +21,7 @@ from iared2.errors import DataError
 from iared2.explain import Explanation, Speed, explain, measure
 from iared2.explain.methods import find_explainer
 from iared2.model import ReducedTransformer
-from iared2.report import files, page, pictures, records
+from iared2.report import files, page, pictures, records, viewer
 from iared2.runtime import pick_device, precision
 from iared2.saving import sha256
 
@@ -185,7 +185,8 @@ class Gallery:
         trace, photo = explanation.trace, picture.image
         kept = trace.keep_GBN[:, 0].reshape(-1, *trace.grid).numpy()
         paths: dict[str, Any] = {"overlays": [], "scores": []}
-        thumbnails: dict[str, Any] = {"photo": page.thumbnail(photo, side), "overlays": [], "kept": []}
+        embedded: dict[str, Any] = {"photo": page.thumbnail(photo, side), "overlays": [], "kept": []}
+        embedded["numbers"] = viewer.numbers(explanation, maps, page.shows_heads(side))
         small = pictures.panel(photo)
 
         def put(file: str, content: bytes) -> str:
@@ -199,9 +200,12 @@ class Gallery:
                 overlay = pictures.overlay(photo, scores)
                 paths["overlays"].append(put(f"overlay_group{group + 1}.png", files.png(overlay)))
                 paths["scores"].append(put(f"scores_group{group + 1}.npy", files.npy(scores)))
-                thumbnails["overlays"].append(page.thumbnail(overlay, side))
-                thumbnails["kept"].append(page.thumbnail(pictures.faded(small, kept[group]), side))
+                embedded["overlays"].append(page.thumbnail(overlay, side))
+                embedded["kept"].append(page.thumbnail(pictures.faded(small, kept[group]), side))
             paths["kept"] = put("kept.npy", files.npy(kept))
+            paths["carriers"] = put("carriers.npy", files.npy(trace.carrier_GBN[:, 0].reshape(-1, *trace.grid).numpy()))
+            if explanation.head_GHN is not None:
+                paths["heads"] = put("heads.npy", files.npy(explanation.head_GHN.unflatten(-1, trace.grid).numpy()))
             paths["hierarchy"] = put("hierarchy.png", files.png(pictures.hierarchy(photo, list(kept))))
             if maps:
                 paths["methods"] = {id_: put(_map_file(id_), files.npy(values)) for id_, values in maps.items()}
@@ -209,7 +213,7 @@ class Gallery:
         except files.OutputError:
             _remove(written, folder)
             raise
-        return records.picture_record(picture, name, explanation, speed, (paths, thumbnails))
+        return records.picture_record(picture, name, explanation, speed, (paths, embedded))
 
     def finish(self, outcome: Outcome) -> None:
         """The page, and last of all the manifest."""
@@ -235,6 +239,7 @@ class Gallery:
                 "thresholds": config.model_dump(mode="json")["thresholds"] or [0.5] * len(config.first_blocks),
                 "ratios": list(config.ratios),
                 "on_drop": config.on_drop,
+                "worth": config.worth is not None,
             },
             weights=tuple(records.Weights(f"{path.parent.name}/{path.name}", sha256(path)) for path in getattr(model, "files", ())),
             preprocessing={

@@ -11,6 +11,7 @@ from PIL import Image
 
 from iared2.data.pictures import Failure
 from iared2.explain import Speed
+from iared2.report import viewer
 from iared2.report.colours import NAME, css_gradient
 from iared2.report.pictures import HEAT, PALE, SMALLEST, panel
 from iared2.report.records import PhotoRecord, RunFacts, versions
@@ -23,6 +24,11 @@ _LAST_SIDE = 240
 def thumbnail_side(photos: int) -> int:
     """The longer side of a picture on a page over that many photos, in pixels."""
     return next((side for most, side in _SIDES if photos <= most), _LAST_SIDE)
+
+
+def shows_heads(side: int) -> bool:
+    """Whether a page with pictures of that side holds every head's scores. Over the most photos it does not: they are in heads.npy."""
+    return side > _LAST_SIDE
 
 
 def thumbnail(picture: Image.Image, side: int) -> str:
@@ -48,9 +54,11 @@ def render(facts: RunFacts, photos: Sequence[PhotoRecord], failed: Sequence[Fail
         "speed": speed,
         "patches": photos[0].explanation.trace.keep_GBN.shape[-1],
     }
+    has_heads = all(photo.embedded["numbers"]["heads"] for photo in photos)
+    script = {"heads": has_heads, "shared": viewer.shared(facts, photos), "about": viewer.about}
     look = {"gradient": css_gradient(), "map": NAME, "pale": "rgb({} {} {})".format(*PALE), "heat": HEAT}
     template = environment.get_template("page.html.j2")
-    return template.render(facts=facts, photos=photos, failed=failed, summary=summary, look=look, versions=versions())
+    return template.render(facts=facts, photos=photos, failed=failed, summary=summary, look=look, script=script, versions=versions())
 
 
 def _percent(value: float) -> str:

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -42,7 +42,11 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class PhotoRecord:
-    """One photo: what was found, and the files that show it (relative to the output folder)."""
+    """One photo: what was found, and the files that show it (relative to the output folder).
+
+    Attributes:
+        embedded: what the page holds of it: pictures as data URIs, and the numbers of its patches.
+    """
 
     name: str
     file: str
@@ -51,7 +55,7 @@ class PhotoRecord:
     explanation: Explanation
     speed: Speed | None
     files: dict[str, Any]
-    thumbnails: dict[str, Any] = field(repr=False)
+    embedded: dict[str, Any] = field(repr=False)
 
     @property
     def keep_ratio(self) -> list[float]:
@@ -69,7 +73,12 @@ class PhotoRecord:
         kept = trace.keep_GBN[:, 0].sum(-1).tolist()
         groups = [
             {"group": group + 1, "first_block": trace.first_blocks[group], "kept": kept[group], "patches": trace.keep_GBN.shape[-1]}
-            | {"keep_ratio": ratio, "overlay": self.files["overlays"][group], "scores": self.files["scores"][group]}
+            | {
+                "keep_ratio": ratio,
+                "macs": self.explanation.macs_G[group],
+                "overlay": self.files["overlays"][group],
+                "scores": self.files["scores"][group],
+            }
             for group, ratio in enumerate(self.keep_ratio)
         ]
         speed = None if self.speed is None else {"reduced": self.speed.reduced_ms, "dense": self.speed.dense_ms}
@@ -84,6 +93,8 @@ class PhotoRecord:
             "groups": groups,
             "hierarchy": self.files["hierarchy"],
             "kept": self.files["kept"],
+            "carriers": self.files["carriers"],
+            "heads": self.files.get("heads"),
             "methods": self.files.get("methods", {}),
             "methods_sheet": self.files.get("methods_sheet"),
             "macs": trace.macs[0],
@@ -94,8 +105,8 @@ class PhotoRecord:
 
 
 def picture_record(picture: Picture, name: str, explanation: Explanation, speed: Speed | None, written: tuple[dict, dict]) -> PhotoRecord:
-    """The record of a photo whose files are `written` = (paths, thumbnails)."""
-    return PhotoRecord(name, show(picture.path), picture.size, picture.notes, explanation, speed, *written)
+    """The record of a photo, of which `written` = (paths of files, what the page holds). Scores per head are in a file: they are let go."""
+    return PhotoRecord(name, show(picture.path), picture.size, picture.notes, replace(explanation, head_GHN=None), speed, *written)
 
 
 def mean_speed(speeds: Sequence[Speed]) -> Speed | None:
