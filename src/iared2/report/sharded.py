@@ -45,7 +45,13 @@ def explain_sharded(load: Callable[[], ReducedTransformer], paths: Sequence[Path
     gallery = Gallery(load(), photos.output, settings)
     facts = gallery.facts()
     key = fingerprint(
-        facts.model, weights_of(gallery.model.state_dict()), facts.settings, photos.side, shards, [stamp(path) for path in paths]
+        facts.model,
+        weights_of(gallery.model.state_dict()),
+        facts.settings,
+        settings.methods,
+        photos.side,
+        shards,
+        [stamp(path) for path in paths],
     )
     outcome = Outcome(failed=list(failed))
     (photos.output / "manifest.json").unlink(missing_ok=True)  # it promises a finished run
