@@ -1,4 +1,4 @@
-"""The colour map of every heatmap: cividis-like maps are perceptually uniform and the colour-blind can read them."""
+"""The colour map of every heatmap. It rises evenly in lightness, so the colour-blind can read it, and so can a grey printer."""
 
 from functools import cache
 

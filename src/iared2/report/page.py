@@ -55,7 +55,7 @@ def render(facts: RunFacts, photos: Sequence[PhotoRecord], failed: Sequence[Fail
         "patches": photos[0].explanation.trace.keep_GBN.shape[-1],
     }
     has_heads = all(photo.embedded["numbers"]["heads"] for photo in photos)
-    script = {"heads": has_heads, "shared": viewer.shared(facts, photos), "about": viewer.about}
+    script = {"heads": has_heads, "shared": viewer.shared(photos), "about": viewer.about}
     look = {"gradient": css_gradient(), "map": NAME, "pale": "rgb({} {} {})".format(*PALE), "heat": HEAT}
     template = environment.get_template("page.html.j2")
     return template.render(facts=facts, photos=photos, failed=failed, summary=summary, look=look, script=script, versions=versions())

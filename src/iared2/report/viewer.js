@@ -92,7 +92,7 @@ class Viewer {
   fit() {
     const { naturalWidth: width, naturalHeight: height } = this.photo;
     Object.assign(this.canvas, { width, height });
-    this.find(".frame").style.maxWidth = `${Math.max(160, Math.min(560, (600 * width) / height))}px`;
+    this.find(".frame").style.maxWidth = `${Math.max(96, Math.min(560, (600 * width) / height))}px`;
     const context = new OffscreenCanvas(width, height).getContext("2d");
     context.drawImage(this.photo, 0, 0, width, height);
     this.pixels = context.getImageData(0, 0, width, height).data;

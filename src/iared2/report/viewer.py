@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from iared2.explain import Explanation
 from iared2.report.colours import table
 from iared2.report.pictures import FADE, HEAT, PALE, stretched
-from iared2.report.records import PhotoRecord, RunFacts
+from iared2.report.records import PhotoRecord
 
 TOP = 65535  # the integer that stands for 1; among carriers, for a patch that is gone
 
@@ -61,14 +61,13 @@ def about(photo: PhotoRecord) -> dict[str, Any]:
     return {"name": photo.name, "groups": figures, **photo.embedded["numbers"]}
 
 
-def shared(facts: RunFacts, photos: Sequence[PhotoRecord]) -> dict[str, Any]:
+def shared(photos: Sequence[PhotoRecord]) -> dict[str, Any]:
     """What holds for all photos of a page: grid, cost of the dense backbone, colours and how the pictures use them."""
     trace = photos[0].explanation.trace
     return {
         "grid": list(trace.grid),
         "groups": trace.groups,
         "dense_macs": trace.dense_macs,
-        "merge": facts.model["on_drop"] == "merge",
         "colours": _text(table()),
         "heat": HEAT,
         "fade": FADE,
