@@ -1,5 +1,6 @@
 """From photos to heatmaps: exact maps, names that never collide, a page that stands alone, a manifest that is true."""
 
+import base64
 import json
 import re
 import socket
@@ -332,6 +333,30 @@ def test_the_page_stands_alone_and_can_be_read_without_eyes(model, photos, tmp_p
     shown = [a for tag, a in parsed.tags if tag == "img" and a.get("src")]
     assert len(shown) == 2 * (1 + 2 * GROUPS)
     assert "&lt;kind &amp;" in text  # labels of the model are text, not markup
+
+
+def test_the_pages_numbers_are_those_of_the_files(model, photos, tmp_path):
+    Gallery(model, tmp_path, GallerySettings("m", device="cpu", workers=0, methods=("rollout", "gaussian"))).run(photos)
+    text, entries = (tmp_path / "index.html").read_text(), json.loads((tmp_path / "manifest.json").read_text())["photos"]
+    blocks = [json.loads(block) for block in re.findall(r'<script type="application/json" class="numbers">(.*?)</script>', text)]
+    for entry, block in zip(entries, blocks, strict=True):
+        scores = np.stack([np.load(tmp_path / group["scores"]) for group in entry["groups"]])
+        heads, carriers = np.load(tmp_path / entry["heads"]), np.load(tmp_path / entry["carriers"])
+        assert np.allclose(heads.mean(1), scores, atol=1e-6)
+        assert np.allclose(integers(block["scores"]) / 65535, scores.ravel(), atol=1e-5)
+        assert np.allclose(integers(block["heads"]) / 65535, heads.ravel(), atol=1e-5)
+        assert np.array_equal(integers(block["carriers"]), np.where(carriers < 0, 65535, carriers).ravel())
+        assert block["groups"] == [{key: group[key] for key in ("kept", "keep_ratio", "macs")} for group in entry["groups"]]
+        rollout, gaussian = block["methods"]
+        values = np.load(tmp_path / entry["methods"]["rollout"]).ravel()
+        shown = rollout["low"] + (rollout["high"] - rollout["low"]) * integers(rollout["values"]) / 65535
+        assert np.allclose(shown, values, rtol=1e-3) and not rollout["fine"]
+        assert gaussian["fine"] and len(integers(gaussian["values"])) == 64
+    assert sum(len(json.dumps(block)) for block in blocks) < len(text) / 4  # pictures weigh more
+
+
+def integers(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<u2")
 
 
 def test_a_page_over_many_photos_stays_one_file():

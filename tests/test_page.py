@@ -91,10 +91,11 @@ def folder(tmp_path_factory) -> Path:
     return explained(out)
 
 
-def explained(out: Path) -> Path:
+def explained(out: Path, methods: tuple[str, ...] = METHODS, on_drop: str = "merge") -> Path:
     torch.manual_seed(1)
     interpreter = iared2.InterpreterConfig(init_score=0.5)
-    model = iared2.reduce(timm.create_model("iared2_mini_patch8_64"), GROUPS, interpreter=interpreter, on_drop="merge").eval()
+    model = iared2.reduce(timm.create_model("iared2_mini_patch8_64"), GROUPS, interpreter=interpreter, on_drop=on_drop).eval()
+    model.labels = [f"<b>kind & {index}</b>" for index in range(model.num_classes)]
     for parameter in model.reducers.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     rng, paths = np.random.default_rng(0), []
@@ -103,7 +104,7 @@ def explained(out: Path) -> Path:
         paths.append(out / name)
         coarse.resize(size, Image.Resampling.BICUBIC).save(paths[-1])
     (out / "run").mkdir()
-    outcome = Gallery(model, out / "run", GallerySettings("small", workers=0, methods=METHODS)).run(paths)
+    outcome = Gallery(model, out / "run", GallerySettings("small", workers=0, methods=methods)).run(paths)
     assert outcome.exit_code == 0
     return out / "run"
 
@@ -236,6 +237,21 @@ def test_patches_tell_every_heads_score_and_what_became_of_them(run):
     assert (carriers[1] != np.arange(64)).any() and (carriers[2] == np.arange(64)).any()  # both kinds were seen
     run.press("Control+End", "ArrowRight", "ArrowDown")  # the grid has an end
     assert run.viewer.locator("h3.life").inner_text().startswith("Row 8, column 8")
+
+
+def test_discarded_patches_are_dropped_and_then_gone_and_without_methods_there_is_no_switch(browser, tmp_path):
+    run = opened(browser, explained(tmp_path, (), "discard"))
+    run.viewer.locator("canvas[aria-label]").wait_for()
+    assert run.viewer.locator("select").is_hidden() and not run.patch()["maps"]
+    kept = run.array(run.photo["kept"]).reshape(GROUPS, -1)
+    row, column = divmod(int((kept[0] & ~kept[1]).argmax()), 8)
+    run.viewer.get_by_role("grid").focus()
+    run.press("Control+Home", *["ArrowDown"] * row, *["ArrowRight"] * column)
+    said = run.patch()
+    assert said["life"] == f"Row {row + 1}, column {column + 1}: dropped in group 2."
+    assert [line[1] for line in said["table"]] == ["kept", "dropped", "gone"]
+    assert not run.said
+    run.page.close()
 
 
 def test_the_pointer_shows_a_patch_and_a_click_holds_it(run):
