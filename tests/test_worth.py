@@ -140,6 +140,11 @@ def test_context_without_plain_class_attention_is_refused(name):
         iared2.reduce(FAMILIES[name].build(), 2, interpreter=InterpreterConfig(context=True))
 
 
+def test_context_with_other_heads_than_attention_has_is_refused():
+    with pytest.raises(ConfigError, match=r"got 8 heads, wanted 4"):
+        iared2.reduce(FAMILIES["deit"].build(), (2,), interpreter=InterpreterConfig(context=True, heads=8))
+
+
 def test_context_before_the_first_block_is_refused():
     with pytest.raises(ConfigError, match="reduce from block 1 on, or between"):
         iared2.reduce(FAMILIES["deit"].build(), 2, interpreter=InterpreterConfig(context=True))

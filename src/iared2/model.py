@@ -53,6 +53,8 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
         if config.place == "between" and not all(self.adapter.splits[block] for block in config.first_blocks):
             raise ConfigError("place: got 'between', but a block of this backbone runs attention and FFN side by side; use 'before'")
         heads = config.interpreter.heads or self.adapter.heads
+        if config.interpreter.context and heads != self.adapter.heads:
+            raise ConfigError(f"interpreter: context=true adds one logit per head of attention; got {heads} heads, wanted {self.adapter.heads}")
         device = next(backbone.parameters()).device
         self.reducers = nn.ModuleList()
         for group in range(len(config.first_blocks)):
