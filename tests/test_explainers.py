@@ -149,6 +149,21 @@ def test_attnlrp_without_gamma_is_gradient_times_input_where_nothing_bends():
     torch.testing.assert_close(found, x.detach() * weight[1], rtol=1e-6, atol=1e-6)
 
 
+def test_ours_cost_what_the_pass_did_cost():
+    model, images = model_of(on_drop="merge"), FAMILIES["deit"].images(4)
+    share, patches, width = model.trace(images)[1].share_of_dense(), 16, 32
+    assert 0.2 < share < 0.9
+    ours, group, slope = (find_explainer(name, model) for name in ("ours", "ours:1", "ours_gradient"))
+    assert ours.forwards == 1.0  # not yet known
+    for one in (ours, group, slope):
+        one(images)
+    dense = model.trace(images)[1].dense_macs
+    assert group.forwards == share
+    assert ours.forwards == pytest.approx(share + patches**2 * (width + 2) / dense)
+    attention = (17 * 4 * width**2 + 2 * 17**2 * width) * 2  # two blocks are asked for their keys once more
+    assert slope.forwards == pytest.approx(2.5 + share + (patches**2 * (2 * width + 3) + attention) / dense)
+
+
 def test_attnlrp_gives_nothing_to_what_every_picture_has():
     """Positions and biases carry relevance too, but a patch without content shows none of it."""
     model, images = model_of(), FAMILIES["deit"].images(2)

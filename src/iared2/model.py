@@ -54,7 +54,8 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
             raise ConfigError("place: got 'between', but a block of this backbone runs attention and FFN side by side; use 'before'")
         heads = config.interpreter.heads or self.adapter.heads
         if config.interpreter.context and heads != self.adapter.heads:
-            raise ConfigError(f"interpreter: context=true adds one logit per head of attention; got {heads} heads, wanted {self.adapter.heads}")
+            wanted = f"got {heads} heads, wanted {self.adapter.heads}"
+            raise ConfigError(f"interpreter: context=true adds one logit per head of attention; {wanted}")
         device = next(backbone.parameters()).device
         self.reducers = nn.ModuleList()
         for group in range(len(config.first_blocks)):

@@ -19,7 +19,7 @@ from iared2.evaluate.faithfulness import ALL, FIGURES, TESTS, faithfulness
 from iared2.evaluate.judge import Judge
 from iared2.evaluate.randomised import randomised, rank_correlation, steps_of
 from iared2.evaluate.removal import on_grid
-from iared2.evaluate.shards import Explainer, Find, Shard, ShardedMethods, check_class, spent, timed
+from iared2.evaluate.shards import FORWARDS, Explainer, Find, Shard, ShardedMethods, check_class, mean_forwards, spent, timed
 from iared2.model import ReducedTransformer
 from iared2.seeds import derive_seed
 
@@ -129,6 +129,7 @@ class FaithfulnessRun(ShardedMethods[RawImages, RawBatch, FaithRow]):
         map_Bhw, seconds = timed(explainer, self.judge.normalised(images), class_B)
         found = faithfulness(map_Bhw, images, self.judge, class_B, self.options.tests)
         kept: dict[str, list[Any]] = {figure: value_B.tolist() for figure, value_B in found.value.items()}
+        kept[FORWARDS] = [explainer.forwards] * len(map_Bhw)
         for curve, value in found.curve.items():
             kept[f"curve {curve}"] = torch.stack([value.hit_BS.double(), value.chance_BS], dim=1).tolist()
         if "randomised" in self.options.tests:
@@ -160,7 +161,9 @@ class FaithfulnessRun(ShardedMethods[RawImages, RawBatch, FaithRow]):
         return torch.stack(columns, dim=1)
 
     def row(self, explainer: Explainer, name: str, shards: list[Shard]) -> FaithRow:
-        joined: dict[str, list[Any]] = {key: [one for shard in shards for one in shard.found[key]] for key in shards[0].found}
+        joined: dict[str, list[Any]] = {
+            key: [one for shard in shards for one in shard.found[key]] for key in shards[0].found if key != FORWARDS
+        }
         curves = {key.removeprefix("curve "): torch.tensor(value, dtype=torch.float64) for key, value in joined.items() if " " in key}
         each = {figure: torch.tensor(joined[figure], dtype=torch.float64) for figure in FIGURES if figure in joined}
         if "randomised" in curves:
@@ -175,7 +178,7 @@ class FaithfulnessRun(ShardedMethods[RawImages, RawBatch, FaithRow]):
             figures=dict(zip(each, mean_K.tolist(), strict=True)),
             intervals={figure: interval(drawn_DK[:, column]) for column, figure in enumerate(each)},
             curves={key: self._curve(key, value, explainer.slow) for key, value in curves.items()},
-            forwards=float(explainer.forwards),
+            forwards=mean_forwards(explainer, shards),
             milliseconds=statistics.median(1000 * shard.seconds / len(next(iter(shard.found.values()))) for shard in shards),
             slow=explainer.slow,
         )

@@ -15,7 +15,7 @@ from iared2.data.arrays import normalise
 from iared2.data.masks import MaskedBatch, MaskedImages
 from iared2.errors import DataError
 from iared2.evaluate.map_scores import FIGURES, MapScores, rank_normalise, score_maps
-from iared2.evaluate.shards import Explainer, Find, Shard, ShardedMethods, check_class, spent, timed
+from iared2.evaluate.shards import FORWARDS, Explainer, Find, Shard, ShardedMethods, check_class, mean_forwards, spent, timed
 from iared2.model import ReducedTransformer
 
 
@@ -119,10 +119,12 @@ class Segmentation(ShardedMethods[MaskedImages, MaskedBatch, MapRow]):
         images = normalise(batch.pixels_BHW3, self.how.mean, self.how.std).to(parameter.device, parameter.dtype)
         target = self.options.target
         target_B = None if target is None else torch.full((len(images),), target, device=parameter.device)
-        map_Bhw, seconds = timed(self.find(name, self.model, seed), images, target_B)
+        explainer = self.find(name, self.model, seed)
+        map_Bhw, seconds = timed(explainer, images, target_B)
         map_Bhw = map_Bhw.cpu()
         both = [score_maps(maps, batch.mask_BHW, batch.ignore_BHW) for maps in (map_Bhw, rank_normalise(map_Bhw))]
-        return {"raw": both[0].value_N7.tolist(), "rank": both[1].value_N7.tolist()}, seconds
+        found = {"raw": both[0].value_N7.tolist(), "rank": both[1].value_N7.tolist()}
+        return found | {FORWARDS: [explainer.forwards] * len(map_Bhw)}, seconds
 
     def row(self, explainer: Explainer, name: str, shards: list[Shard]) -> MapRow:
         raw, rank = (
@@ -136,7 +138,7 @@ class Segmentation(ShardedMethods[MaskedImages, MaskedBatch, MapRow]):
             rank=rank.figures(),
             raw_intervals=raw.intervals(self.options.seed),
             rank_intervals=rank.intervals(self.options.seed),
-            forwards=float(explainer.forwards),
+            forwards=mean_forwards(explainer, shards),
             milliseconds=statistics.median(1000 * shard.seconds / len(shard.found["raw"]) for shard in shards),
             slow=explainer.slow,
         )

@@ -5,6 +5,7 @@ This module knows no method and no figure. `ShardedMethods` walks; what is read,
 
 import json
 import os
+import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -31,17 +32,20 @@ class Explainer(Protocol):
     """What makes maps: images (B, 3, H, W) and the classes to explain (None: those that the model names) -> maps (B, h, w).
 
     Attributes:
-        forwards: cost of a map in forward passes of the model.
+        forwards: cost of a map in forward passes of the model, as it was in the last batch.
         slow: whether it costs so much that a subset of the images must do.
     """
 
     name: str
-    forwards: float
     slow: bool
+
+    @property
+    def forwards(self) -> float: ...
 
     def __call__(self, images: Tensor, target: Tensor | None = None, /) -> Tensor: ...
 
 
+FORWARDS = "forwards"  # among what is recorded of each picture
 Find = Callable[[str, ReducedTransformer, int], Explainer]  # name, model, seed
 
 
@@ -254,6 +258,11 @@ def spent(row: Any) -> dict[str, Any]:
         "slow": row.slow,
         "error": row.why,
     }
+
+
+def mean_forwards(explainer: Explainer, shards: Sequence[Shard]) -> float:
+    """Cost of a map, mean over pictures: ours depends on how many patches stay."""
+    return statistics.fmean(one for shard in shards for one in shard.found.get(FORWARDS, [explainer.forwards]))
 
 
 def timed(explainer: Explainer, images: Tensor, target_B: Tensor | None) -> tuple[Tensor, float]:

@@ -34,26 +34,33 @@ def scores_on_grid(trace: Trace) -> Float[Tensor, "G B N"]:
 
 
 @torch.no_grad()
-def combined_map(model: ReducedTransformer, images: Float[Tensor, "B C height width"]) -> Float[Tensor, "B h w"]:
+def combined_map(model: ReducedTransformer, images: Float[Tensor, "B C height width"]) -> tuple[Float[Tensor, "B h w"], float]:
     """Our map without a gradient: later groups' scores relative to the image's mean, shared among patches of like keys.
 
     Keys are those that the first reduction sees, where every patch still has a token. That the later half of the groups speaks,
     how sharply keys are compared, and twice, was chosen on the boxes of Tiny-ImageNet's training pictures; the power on ellipses in
     such boxes, because objects do not fill them.
+
+    Returns:
+        Maps, and the mean cost of one in dense forward passes.
     """
     state = model.walk_to(model.start(images), 0, reduce=())
     alike_BNN = alike(state.tokens.x_TD if state.key_THK is None else state.key_THK.flatten(1), state.tokens.layout)
     trace = model.make_trace(model.walk(state, model.adapter.depth).reductions, (images.shape[-2], images.shape[-1]))
-    return to_map(shared(relative_scores(trace), alike_BNN, times=2) ** SHARPNESS, trace.grid)
+    map_Bhw = to_map(shared(relative_scores(trace), alike_BNN, times=2) ** SHARPNESS, trace.grid)
+    return map_Bhw, trace.share_of_dense() + _sharing_macs(model, trace, ways=1, times=2) / trace.dense_macs
 
 
 def gradient_map(
     model: ReducedTransformer, images: Float[Tensor, "B C height width"], target_B: Int[Tensor, " B"] | None = None
-) -> Float[Tensor, "B h w"]:
+) -> tuple[Float[Tensor, "B h w"], float]:
     """Our map with one backward pass: those scores times the root of generic attribution, which knows the class.
 
     They are shared among patches three times: by what patches pay to one another in the middle third of the blocks, by keys two
     thirds of the way, and by keys a sixth of the way; chosen as for `combined_map`.
+
+    Returns:
+        Maps, and the mean cost of one in dense forward passes, but for the backward pass.
     """
     with torch.enable_grad():
         passed = dense_pass(model, images)
@@ -68,7 +75,14 @@ def gradient_map(
         for block in (2 * third, third // 2):
             keys_THK = model.adapter.attend(block, passed.packed(block), want_keys=True).key_THK
             value_BN = value_BN if keys_THK is None else shared(value_BN, alike(keys_THK.flatten(1), passed.layout))
-        return to_map(value_BN**GRADIENT_SHARPNESS, trace.grid)
+        macs = _sharing_macs(model, trace, ways=2, times=3)
+        macs += sum(model.adapter.block_cost(block).macs(passed.layout.longest, 0) for block in (2 * third, third // 2))
+        return to_map(value_BN**GRADIENT_SHARPNESS, trace.grid), 1 + trace.share_of_dense() + macs / trace.dense_macs
+
+
+def _sharing_macs(model: ReducedTransformer, trace: Trace, ways: int, times: int) -> int:
+    """Multiply-adds of comparing all patches in `ways` ways, and of taking `times` weighted means."""
+    return trace.keep_GBN.shape[-1] ** 2 * (ways * model.adapter.width + times)
 
 
 def alike(features_TF: Float[Tensor, "T F"], layout: Layout) -> Float[Tensor, "B N N"]:

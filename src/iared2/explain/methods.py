@@ -34,15 +34,20 @@ class Explainer:
 
     Attributes:
         name: its id.
-        forwards: what a map costs, in passes of the dense backbone; of ours, as it was in the last batch.
         slow: whether tables run it on a subset.
+        cost: what a map costs, in passes of the dense backbone, where that does not depend on the picture.
     """
 
     name: str
-    forwards: float
+    cost: float
     slow: bool
     model: ReducedTransformer
     run: Run
+
+    @property
+    def forwards(self) -> float:
+        """What a map costs, in passes of the dense backbone; of ours the mean over the last batch."""
+        return self.run.forwards if isinstance(self.run, Ours) else self.cost
 
     def __call__(self, images: Float[Tensor, "B C height width"], target_B: Target = None) -> Maps:
         """Maps of a batch, one value per patch or per pixel; larger means more important.
@@ -199,18 +204,45 @@ def _number(name: str, text: str, count: int, what: str) -> int:
     return int(text)
 
 
+@dataclass
+class Ours:
+    """One of our maps, whose cost depends on how many patches stay.
+
+    Attributes:
+        read: images and target to maps and their mean cost.
+        forwards: the cost of the last batch.
+    """
+
+    read: Callable[[Tensor, Target], tuple[Maps, float]]
+    forwards: float = 1.0
+
+    def __call__(self, images: Tensor, target_B: Target) -> Maps:
+        maps, self.forwards = self.read(images, target_B)
+        return maps
+
+
 def _ours(model: ReducedTransformer, detail: str, seed: int) -> Run:
     """ours, or ours:GROUP."""
     group = _number(f"ours:{detail}", detail, len(model.reducers), "group") if detail else None
 
-    def run(images: Tensor, target_B: Target) -> Maps:
+    def read(images: Tensor, target_B: Target) -> tuple[Maps, float]:
         if group is None:
             return combined_map(model, images)
         with torch.no_grad():
             _, trace = model.trace(images)
-        return to_map(scores_on_grid(trace)[group], trace.grid)
+        return to_map(scores_on_grid(trace)[group], trace.grid), trace.share_of_dense()
 
-    return run
+    return Ours(read)
+
+
+def _ours_gradient(model: ReducedTransformer, detail: str, seed: int) -> Run:
+    """ours_gradient."""
+
+    def read(images: Tensor, target_B: Target) -> tuple[Maps, float]:
+        maps, forwards = gradient_map(model, images, target_B)
+        return maps, forwards + BACKWARD
+
+    return Ours(read)
 
 
 def _random(model: ReducedTransformer, detail: str, seed: int) -> Run:
@@ -238,8 +270,8 @@ def _memorability(model: ReducedTransformer, detail: str, seed: int) -> Run:
 
 _ROW = "attention"
 METHODS: dict[str, Method] = {
-    "ours": Method("our best map without a gradient: all groups' scores together, or one group's", _ours, 1.0, "GROUP"),
-    "ours_gradient": Method("our best map with one backward pass", _whole(gradient_map), 1 + BACKWARD),
+    "ours": Method("our best map without a gradient: all groups' scores together, or one group's", _ours, detail="GROUP"),
+    "ours_gradient": Method("our best map with one backward pass", _ours_gradient),
     "attention": Method("class attention of a block: mean or max over heads, or one head", _attention, 1.0, "BLOCK", needs=_ROW),
     "rollout": Method("attention rollout (Abnar and Zuidema 2020)", _looking(seen.rollout), needs=_ROW),
     "grad_rollout": Method("rollout of gradient times attention", _slopes(seen.gradient_rollout), 1 + BACKWARD, needs=_ROW),
