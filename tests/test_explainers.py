@@ -1,8 +1,10 @@
 """Explainers against references that share nothing with them: timm run by hand, captum, two-token examples, conservation."""
 
 import copy
+import math
 
 import pytest
+import timm.models.vision_transformer as vit
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -106,7 +108,7 @@ def test_deep_taylor_conserves_relevance_in_every_layer(name):
     model, images = model_of(name).double(), FAMILIES[name].images(3).double()
     passed = relevance_pass(model, images, Rules(3))
     torch.testing.assert_close(passed.output_BC, model.backbone(images).float(), rtol=1e-5, atol=1e-5)
-    for part in relevance_of(passed, passed.token_TD, None, model.num_classes, unit=True):
+    for part in relevance_of(passed, passed.token_TD, None, model.num_classes):
         torch.testing.assert_close(part.view(3, -1).sum(1), torch.ones(3).double(), rtol=1e-6, atol=1e-6)
 
 
@@ -120,9 +122,15 @@ def test_rules_on_two_tokens_worked_by_hand():
     torch.testing.assert_close(found, torch.tensor([[6.0 + 8.0, 2.0]], dtype=torch.float64))
     with propagating(Rules(1, attn=True)):
         out = F.linear(x, weight, bias)
-    (found,) = torch.autograd.grad(out, x, torch.tensor([[-0.5, 5.0]], dtype=torch.float64))
-    # Outputs -0.5 and 5: shares 2 / -0.5, -3 / -0.5; 4 / 5, 1 / 5.
-    torch.testing.assert_close(found, torch.tensor([[2.0 + 4.0, -3.0 + 1.0]], dtype=torch.float64))
+    (found,) = torch.autograd.grad(out, x, torch.tensor([[1.0, 1.0]], dtype=torch.float64))
+    # In AttnLRP passes carry R / x. Outputs -0.5 and 5, all of which is relevant: shares 2 / -0.5, -3 / -0.5; 4 / 5, 1 / 5.
+    torch.testing.assert_close(x * found, torch.tensor([[2.0 + 4.0, -3.0 + 1.0]], dtype=torch.float64))
+    with propagating(Rules(1, attn=True, gamma=1.0)):
+        out = F.linear(x, weight, bias)
+    (found,) = torch.autograd.grad(out, x, torch.tensor([[1.0, 1.0]], dtype=torch.float64))
+    # The products -3 of the negative output and 4 and 1 of the positive one count twice, in numerator and denominator.
+    wanted = [-0.5 * 2 / (-0.5 - 3) + 5 * 8 / (5 + 5), -0.5 * -6 / (-0.5 - 3) + 5 * 2 / (5 + 5)]
+    torch.testing.assert_close(x * found, torch.tensor([wanted], dtype=torch.float64))
     one, two = (
         torch.tensor([[3.0, 1.0]], dtype=torch.float64, requires_grad=True),
         torch.tensor([[1.0, 1.0]], dtype=torch.float64, requires_grad=True),
@@ -134,9 +142,41 @@ def test_rules_on_two_tokens_worked_by_hand():
     scores = torch.tensor([[1.0, 2.0]], dtype=torch.float64, requires_grad=True)
     with propagating(Rules(1, attn=True)):
         weights = scores.softmax(-1)
-    (found,) = torch.autograd.grad(weights, scores, torch.tensor([[1.0, 0.0]], dtype=torch.float64))
     share = torch.tensor([1.0, 2.0], dtype=torch.float64).softmax(0)
-    torch.testing.assert_close(found[0], torch.stack([1 * (1 - share[0]), -2 * share[1]]))
+    (found,) = torch.autograd.grad(weights, scores, torch.tensor([[1.0 / share[0], 0.0]], dtype=torch.float64))  # R = (1, 0)
+    torch.testing.assert_close((scores * found)[0], torch.stack([1 * (1 - share[0]), -2 * share[1]]))
+
+
+def test_attnlrp_on_norms_products_and_activations_worked_by_hand():
+    x = torch.tensor([[3.0, -1.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64), torch.tensor([0.1, 0.0, 1.0], dtype=torch.float64)
+    with propagating(Rules(1, attn=True)):
+        out = F.layer_norm(x, (3,), weight, bias, 0.0)
+    torch.testing.assert_close(out, F.layer_norm(x, (3,), weight, bias, 0.0))
+    spread = math.sqrt((1 + 9 + 4) / 3)  # of 3, -1, 4 around their mean 2
+    (found,) = torch.autograd.grad(out[:, 1].sum(), x)  # 2 (x_1 - mean) / spread, of which the spread is a constant
+    torch.testing.assert_close(found, torch.tensor([[-1, 2, -1]], dtype=torch.float64) * 2 / 3 / spread)
+    with propagating(Rules(1, attn=True)):
+        out = F.gelu(x)
+    (found,) = torch.autograd.grad(out, x, torch.ones(1, 3).double())
+    torch.testing.assert_close(x * found, F.gelu(x))  # identity: R of the output is that of the input
+    one, two = (torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (2.0, 5.0))
+    with propagating(Rules(1, attn=True)):
+        out = (one * 1.0) * (two * 1.0)
+    found = torch.autograd.grad(out, (one, two))
+    assert (one * found[0]).item() == (two * found[1]).item() == 5.0  # half of 10 each
+
+
+def test_attnlrp_stays_bounded_over_many_blocks():
+    """Relevance of all values in a block's input stays near the answer; quotients of sums that cancel would grow without bounds."""
+    backbone = vit.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=24, num_heads=4, num_classes=5)
+    model, images = iared2.reduce(backbone, 2).eval(), FAMILIES["deit"].images(2)
+    for gamma in (0.0, 0.25):
+        passed = relevance_pass(model, images, Rules(2, attn=True, gamma=gamma))
+        torch.testing.assert_close(passed.output_BC, backbone(images), rtol=1e-4, atol=1e-4)
+        found = relevance_of(passed, passed.token_TD, None, model.num_classes)
+        for part, value in zip(found, passed.token_TD, strict=True):
+            assert (part * value).view(2, -1).abs().sum(1).max() < 100
 
 
 def test_attnlrp_without_gamma_is_gradient_times_input_where_nothing_bends():
@@ -145,8 +185,8 @@ def test_attnlrp_without_gamma_is_gradient_times_input_where_nothing_bends():
     weight = torch.randn(3, 6, dtype=torch.float64)
     with propagating(Rules(1, attn=True)):
         out = F.linear(x, weight)
-    (found,) = torch.autograd.grad(out[:, 1], x, out[:, 1].detach())
-    torch.testing.assert_close(found, x.detach() * weight[1], rtol=1e-6, atol=1e-6)
+    (found,) = torch.autograd.grad(out[:, 1], x, torch.ones(4).double())
+    torch.testing.assert_close(found, weight[1].expand(4, 6), rtol=1e-6, atol=1e-6)
 
 
 def test_ours_cost_what_the_pass_did_cost():

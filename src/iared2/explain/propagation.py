@@ -8,7 +8,7 @@ from torch import Tensor
 
 from iared2.explain.attention import Maps, Target, first_layer, relevance_rollout
 from iared2.explain.dense import DensePass, attention_gradients, dense_pass, explained_class, gain
-from iared2.explain.relevance import Rules, propagating, share
+from iared2.explain.relevance import Rules, propagating
 from iared2.model import ReducedTransformer
 
 
@@ -18,35 +18,32 @@ def relevance_pass(model: ReducedTransformer, images: Tensor, rules: Rules) -> D
         return dense_pass(model, images)
 
 
-def relevance_of(passed: DensePass, wanted: Sequence[Tensor], target_B: Target, classes: int, unit: bool) -> list[Tensor]:
-    """Relevance of parts of the pass: of a unit at the target's logit, or of the logit itself."""
-    answer_B = gain(passed.output_BC, target_B, classes)
-    start_B = torch.ones_like(answer_B) if unit else answer_B.detach()
-    return list(torch.autograd.grad(answer_B, list(wanted), start_B))
+def relevance_of(passed: DensePass, wanted: Sequence[Tensor], target_B: Target, classes: int) -> list[Tensor]:
+    """What arrives at parts of the pass, of one at the target's logit: relevance, or in AttnLRP relevance per unit of value."""
+    return list(torch.autograd.grad(gain(passed.output_BC, target_B, classes).sum(), list(wanted)))
 
 
 def lrp(model: ReducedTransformer, images: Tensor, target_B: Target) -> Maps:
     """Full LRP: what reaches the embedded patches, channels added up. Within a patch relevance has nowhere else to go."""
     passed = relevance_pass(model, images, Rules(len(images)))
-    (found_TD,) = relevance_of(passed, passed.token_TD[:1], target_B, model.num_classes, unit=True)
+    (found_TD,) = relevance_of(passed, passed.token_TD[:1], target_B, model.num_classes)
     return passed.patches(found_TD.sum(-1).view(len(images), -1))
 
 
 def partial_lrp(model: ReducedTransformer, images: Tensor, target_B: Target) -> Maps:
     """Relevance that reaches the last attention, mean over heads."""
     passed = relevance_pass(model, images, Rules(len(images)))
-    found = relevance_of(passed, passed.weight_BHSS[-1], target_B, model.num_classes, unit=True)
+    found = relevance_of(passed, passed.weight_BHSS[-1], target_B, model.num_classes)
     return passed.answer_row(torch.cat(found, dim=1).mean(1))
 
 
 def attnlrp(model: ReducedTransformer, images: Tensor, target_B: Target, gamma: float = 0.25) -> Maps:
     """AttnLRP to the pixels' part of the embedded patches, channels added up; gamma as its authors take for vision transformers."""
     passed = relevance_pass(model, images, Rules(len(images), attn=True, gamma=gamma))
-    (found_TD,) = relevance_of(passed, passed.token_TD[:1], target_B, model.num_classes, unit=False)
-    x_TD = passed.token_TD[0].detach()
+    (per_value_TD,) = relevance_of(passed, passed.token_TD[:1], target_B, model.num_classes)
     with torch.no_grad():  # positions and biases are in every picture: by the rule for sums they take their share, and it shows nothing
         constant_TD = model.adapter.embed(torch.zeros_like(images)).x_TD
-    return passed.patches((share(found_TD, x_TD) * (x_TD - constant_TD)).sum(-1).view(len(images), -1))
+    return passed.patches((per_value_TD * (passed.token_TD[0].detach() - constant_TD)).sum(-1).view(len(images), -1))
 
 
 def transformer_attribution(model: ReducedTransformer, images: Tensor, target_B: Target) -> Maps:
@@ -55,7 +52,7 @@ def transformer_attribution(model: ReducedTransformer, images: Tensor, target_B:
     chosen_B = explained_class(propagated.output_BC, target_B, model.num_classes)
     start = first_layer(model.adapter.depth)
     blocks = propagated.weight_BHSS[start:]
-    found = iter(relevance_of(propagated, [weight for block in blocks for weight in block], chosen_B, model.num_classes, unit=True))
+    found = iter(relevance_of(propagated, [weight for block in blocks for weight in block], chosen_B, model.num_classes))
     relevance = [torch.cat([next(found) for _ in block], dim=1) for block in blocks]
     with torch.enable_grad():
         plain = dense_pass(model, images)
