@@ -13,7 +13,6 @@ from torch import Tensor
 from iared2.data.masks import MaskedImages
 from iared2.data.pictures import find_pictures, read_picture
 from iared2.errors import DataError
-from iared2.explain.memorability import MISSING
 from iared2.explain.methods import find_explainer
 from iared2.model import ReducedTransformer
 from iared2.report.files import png, write
@@ -21,7 +20,7 @@ from iared2.report.gallery import Preparation
 from iared2.report.sheet import central, contact_sheet, heat_panels, kept_panels
 from iared2.report.tables import lines
 from iared2.reproduce.hierarchy import hierarchy_numbers
-from iared2.reproduce.maps import MapsBench, command, facts
+from iared2.reproduce.maps import NO_MEMNET, MapsBench, command, facts
 from iared2.reproduce.runs import write_json
 from iared2.reproduce.table1 import second_group
 from iared2.runtime import precision
@@ -102,9 +101,7 @@ def _about(bench: MapsBench, sheet: Sheet) -> list[str]:
     if sheet.kept:
         return [*out, "In the corner and in the table: patches with a token of their own / all patches, after each group, in percent."]
     out += ["Each map is stretched to its own least and greatest value; ours is the second group's score."]
-    return (
-        out if bench.memnet is not None else [*out, f"No memorability map. {MISSING[0].upper()}{MISSING[1:]}, or here with --memnet FILE."]
-    )
+    return out if bench.memnet is not None else [*out, NO_MEMNET]
 
 
 # ---- photos ---------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from iared2.reproduce.intervals import half_width
 from iared2.runtime import pick_device
 from iared2.saving import load_reduced
 
+NO_MEMNET = "No memorability: MemNet's weights are not public in a form that loads here; give yours with --memnet FILE."
 Seeds = dict[str, list[MapRow]]  # by method: one row per model, or one where the interpreters do not matter
 
 

@@ -10,7 +10,7 @@ from iared2.evaluate.segment import MapRow
 from iared2.model import ReducedTransformer
 from iared2.report.segment import HEADINGS
 from iared2.report.tables import costs, lines
-from iared2.reproduce.maps import Figure, MapsBench, Seeds, command, facts, figures_of, map_rows
+from iared2.reproduce.maps import NO_MEMNET, Figure, MapsBench, Seeds, command, facts, figures_of, map_rows
 from iared2.reproduce.runs import write_json
 from iared2.reproduce.trend import Trend, listed, places, trend
 
@@ -109,10 +109,15 @@ def section(name: str, pictures: MaskedImages, chosen: Sequence[Method], rows: S
     slow = [method.label for method in good if rows[method.id][0].slow]
     out += [f"{listed(slow)}: on fewer pictures, a fixed random subset, since slow.", ""] if slow else []
     out += _sentences(chosen, rows)
-    missing = [(method.label, rows[method.id][0].why) for method in chosen if method not in good]
-    out += ["", *(f"- {label}: no figures; {why}" for label, why in missing)] if missing else []
+    missing = [(method.label, _why(method, rows)) for method in chosen if method not in good]
+    out += ["", *(f"- {label}: {why}" for label, why in missing)] if missing else []
     skipped = len(pictures.skipped)
     return [*out, "", f"{skipped} broken pictures were left out."] if skipped else out
+
+
+def _why(method: Method, rows: Seeds) -> str:
+    """Why a method has no figures: the first reason among seeds."""
+    return NO_MEMNET if method.id == "memorability" else next(row.why for row in rows[method.id] if row.why is not None)
 
 
 def _line(method: Method, found: Sequence[MapRow]) -> list[str]:
