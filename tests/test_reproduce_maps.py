@@ -125,8 +125,10 @@ def test_groups_that_keep_all_then_the_object_then_a_part(tmp_path, on_drop):
     assert row.part_NG["of_rest"][:3, 1].tolist() == pytest.approx([0] * 3) and row.part_NG["of_rest"][3].isnan().all()
     means = row.means()
     assert means["inside"][1:] == pytest.approx([100, 100]) and means["of_rest"][0] == pytest.approx(100)  # 0 / 0 takes no part
-    (flat, _), (follows, (low, high)), _ = row.correlations()
-    assert math.isnan(flat) and follows == pytest.approx(1) and low == pytest.approx(1) == pytest.approx(high)
+    flat, follows, _ = row.correlations().tolist()
+    assert math.isnan(flat) and follows == pytest.approx(1)
+    drawn = row.drawn_correlations()[1]
+    assert drawn[~drawn.isnan()].tolist() == pytest.approx([1] * int((~drawn.isnan()).sum()))
 
 
 def test_pixels_to_ignore_and_half_patches():
@@ -174,7 +176,7 @@ def test_bins_hold_as_many_pictures_and_seeds_are_averaged():
 def test_the_interval_of_a_rank_correlation_is_as_wide_as_it_is_uncertain():
     torch.manual_seed(0)
     area, noise = torch.rand(200).tolist(), torch.rand(200).tolist()
-    (_, (low, high)) = known_row(area, [[value] for value in noise]).correlations()[0]
+    low, high = hierarchy.correlations_of([known_row(area, [[value] for value in noise])])[0].interval
     assert high - low == pytest.approx(2 * 1.96 / math.sqrt(200), rel=0.2)
 
 
@@ -239,6 +241,7 @@ def test_intervals_are_over_pictures_or_over_seeds():
     values = [50.0, 51.0, 52.5]
     several = over_seeds(values, (48.0, 53.0))
     assert several.text() == f"51.2 ± {half_width(values):.1f}"
+    assert over_seeds([50.0, 50.0], None).text() == "50.0 ± 0.0"
     assert over_seeds([math.nan], None).text() == "-" and over_seeds([math.nan], None).record()["value"] is None
 
 
@@ -459,3 +462,15 @@ def test_photos_without_the_models_labels(run, photos, tmp_path):
 def test_every_table_says_what_it_takes_and_needs():
     assert TAKES.keys() == NEEDS.keys()
     assert all({option for group in NEEDS[name] for option in group} <= set(TAKES[name]) for name in TAKES)
+
+
+def test_the_sentences_on_figure_4_follow_the_numbers():
+    def figures(*values):
+        return [over_seeds([value], (value - 1, value + 1)) for value in values]
+
+    area, follow = figures(20)[0], [over_seeds([0.5], (0.2, 0.7)), over_seeds([-0.5], (-0.7, -0.2)), over_seeds([0.1], (-0.2, 0.4))]
+    said = " ".join(hierarchy.sentences({"kept": figures(99, 50, 20), "inside": figures(20, 40, 60)}, follow, area))
+    assert "first group keeps nearly all" in said and "the trend is the same" in said
+    assert "larger after group 1, less after group 2." in said
+    said = " ".join(hierarchy.sentences({"kept": figures(99, 50, 20), "inside": figures(20, 40, 20)}, follow[2:], area))
+    assert "the trend is not the same" in said and "larger after no group." in said

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from iared2.data.arrays import normalise
@@ -76,14 +76,17 @@ class KeptRow:
             for name, value_NG in self.part_NG.items()
         }
 
-    def correlations(self) -> list[tuple[float, tuple[float, float]]]:
-        """Spearman's rank correlation of keep ratio and object's area, per group, with its 95 % interval; NaN where either is constant."""
-        rows_DN = drawn(self.images, self.seed)
-        found = []
-        for kept_N in self.part_NG["kept"].unbind(1):
-            one = float(rank_correlation(self.area_N.view(1, 1, -1), kept_N.view(1, 1, -1)))
-            found.append((one, interval(rank_correlation(self.area_N[rows_DN][:, None], kept_N[rows_DN][:, None]))))
-        return found
+    def correlations(self) -> Float[Tensor, " G"]:
+        """Spearman's rank correlation of keep ratio and object's area, per group; NaN where either is the same for all pictures."""
+        return self._correlations(torch.arange(self.images)[None])[:, 0]
+
+    def drawn_correlations(self) -> Float[Tensor, "G D"]:
+        """The same of every resample of the pictures; one seed draws the same pictures for every model that saw as many."""
+        return self._correlations(drawn(self.images, self.seed))
+
+    def _correlations(self, rows_DN: Int[Tensor, "D N"]) -> Float[Tensor, "G D"]:
+        area_D1N = self.area_N[rows_DN][:, None]
+        return torch.stack([rank_correlation(area_D1N, kept_N[rows_DN][:, None]) for kept_N in self.part_NG["kept"].unbind(1)])
 
 
 class Kept(ShardedMethods[MaskedImages, MaskedBatch, KeptRow]):

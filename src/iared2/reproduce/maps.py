@@ -183,7 +183,7 @@ def over_seeds(values: Sequence[float], interval: tuple[float, float] | None) ->
     """The mean over seeds with its interval by Student's t; of one value that value, with the interval over pictures."""
     if len(values) == 1:
         return Figure(values[0], interval)
-    mean, half = statistics.mean(values), half_width(values) or math.nan
+    mean, half = statistics.mean(values), half_width(values) or 0.0  # two values or more: there is one
     return Figure(mean, (mean - half, mean + half), len(values))
 
 
