@@ -474,3 +474,19 @@ def test_the_sentences_on_figure_4_follow_the_numbers():
     assert "larger after group 1, less after group 2." in said
     said = " ".join(hierarchy.sentences({"kept": figures(99, 50, 20), "inside": figures(20, 40, 20)}, follow[2:], area))
     assert "the trend is not the same" in said and "larger after no group." in said
+
+
+@pytest.mark.parametrize("name", ["table1", "table5", "figure4"])
+def test_masks_without_any_object_leave_nothing_behind(run, masks, tmp_path, name):
+    for path in (masks / "masks").iterdir():
+        save(path, np.zeros((4, 4), np.uint8))
+    code, _, errors = run(name, "--data", masks)
+    assert code == 2 and len(errors) == 1 and "all 6 are empty" in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "option"), [("table1", "--data"), ("table5", "--photos"), ("figure3", "--photos"), ("figure7", "--data")])
+def test_an_output_that_is_a_file(run, masks, photos, tmp_path, name, option):
+    (tmp_path / "out").write_text("here")
+    code, _, errors = run(name, option, photos if option == "--photos" else masks)
+    assert code == 2 and len(errors) == 1 and "the output must be a folder" in errors[0]

@@ -66,8 +66,9 @@ def run_figure(name: str, bench: MapsBench) -> int:
     """
     sheet, data, models = SHEETS[name], bench.open_masks(), bench.open_models()
     shots, failed = choose(bench, data, bench.count or sheet.photos)
-    bench.records()
     model = models[0]
+    numbers, more, wrong = hierarchy_numbers(name, bench, models, data) if sheet.kept else ({}, [], False)
+    bench.open_output()
     draw = partial(_kept_rows, model) if sheet.kept else partial(_heat_rows, bench, model)
     rows, titles, said = [], list[str](), list[list[str]]()
     with precision(next(model.parameters()).device, bench.dtype):
@@ -86,14 +87,12 @@ def run_figure(name: str, bench: MapsBench) -> int:
     text = [f"# {sheet.source}", "", f"![{sheet.source}]({name}.png)", "", "    " + command(name, bench), "", *_about(bench, sheet)]
     head = ["photo", "file", *(titles[1:] if sheet.kept else [])]
     text += ["", *lines(head, [[str(n), shot.name, *more] for n, (shot, more) in enumerate(zip(shots, said, strict=True), start=1)])]
-    wrong = bool(failed)
-    if sheet.kept and data:
-        numbers, more, wrong_there = hierarchy_numbers(name, bench, models, data)
-        record["numbers"], wrong = numbers, wrong or wrong_there
+    if numbers:
+        record["numbers"] = numbers
         text += ["", *more]
     (bench.output / f"{name}.md").write_text("\n".join([*text, *(f"- left out: {why}" for why in failed)]) + "\n")
     write_json(bench.output / f"{name}.json", record)
-    return int(wrong)
+    return int(wrong or bool(failed))
 
 
 def _about(bench: MapsBench, sheet: Sheet) -> list[str]:
@@ -167,7 +166,8 @@ Rows = tuple[list[list[Image.Image]], list[str], list[list[str]]]  # panels per 
 
 def _heat_rows(bench: MapsBench, model: ReducedTransformer, shots: Sequence[Shot]) -> Rows:
     asked = {} if bench.memnet is None else {"memorability": f"memorability:{bench.memnet}"}
-    asked |= {"attention, block 2": f"attention:{min(1, model.adapter.depth - 1)}", "ours, group 2": second_group(model)}
+    block, group = min(1, model.adapter.depth - 1), second_group(model)
+    asked |= {f"attention, block {block + 1}": f"attention:{block}", f"ours, group {int(group.partition(':')[2]) + 1}": group}
     images = _inputs(model, shots)
     maps = {title: find_explainer(name, model, bench.seed)(images).cpu().numpy() for title, name in asked.items()}
     panels = [heat_panels(shot.image, {title: found[row] for title, found in maps.items()}) for row, shot in enumerate(shots)]

@@ -57,7 +57,8 @@ def hierarchy_numbers(
 
 
 def _row(bench: MapsBench, model: ReducedTransformer, pictures: MaskedImages) -> KeptRow:
-    task = Kept(model, pictures, bench.options(), bench.records())
+    task = Kept(model, pictures, bench.options(), bench.records)
+    bench.open_output()
     with progress() as bar:
         line = bar.add_task("what groups keep", total=task.work([OURS]))
         row = task.run([OURS], partial(bar.advance, line))[0]

@@ -90,9 +90,18 @@ class MapsBench:
             found[name] = pictures if self.limit is None else pictures.subset(self.limit, self.seed)
         return found
 
+    @property
     def records(self) -> Path:
-        """The folder for finished shards; made with the output's, which is refused in one line where it cannot be."""
-        return open_folder(self.output) / ".shards"
+        """The folder for finished shards."""
+        return self.output / ".shards"
+
+    def open_output(self) -> None:
+        """Makes the output folder; after what may be wrong with the data, so that a refused run leaves nothing.
+
+        Raises:
+            OutputError: it cannot be one.
+        """
+        open_folder(self.output)
 
 
 def command(name: str, bench: MapsBench) -> str:
@@ -136,8 +145,9 @@ def map_rows(bench: MapsBench, models: Sequence[ReducedTransformer], pictures: M
     """
     shared, found = shared_backbone(models), dict[str, list[MapRow]]()
     for number, model in enumerate(models):
-        names = [name for name in methods if number == 0 or not shared or name.startswith("ours")]
-        task = Segmentation(model, pictures, find_explainer, bench.options(), bench.records())
+        names = [name for name in dict.fromkeys(methods) if number == 0 or not shared or name.startswith("ours")]
+        task = Segmentation(model, pictures, find_explainer, bench.options(), bench.records)
+        bench.open_output()
         with progress() as bar:
             line = bar.add_task(f"scoring maps, model {number + 1} of {len(models)}", total=task.work(names))
             rows = task.run(names, partial(_advance, bar.advance, line))

@@ -164,6 +164,14 @@ def _record(chosen: Sequence[Method], rows: Seeds) -> dict[str, Any]:
     for method in chosen:
         paper = None if method.paper is None else dict(zip(PAPERS, method.paper, strict=True))
         figures = {name: one.record() for name, one in figures_of(rows[method.id]).items()}
-        seeds = [row.record() for row in rows[method.id]]
-        found.append({"method": method.label, "id": method.id, "paper": paper, "figures": figures, "seeds": seeds})
+        seeds = [row.record() | {"method": method.label} for row in rows[method.id]]
+        found.append(
+            {
+                "method": method.label,
+                "id": method.id.partition(":")[0] if method.id.startswith("memorability") else method.id,
+                "paper": paper,
+                "figures": figures,
+                "seeds": seeds,
+            }
+        )
     return {"rows": found, "trend": {label: one.record() for label, one in trends(chosen, rows).items()}}

@@ -47,7 +47,6 @@ def run_table5(bench: MapsBench) -> int:
     blocks = [block for block in BLOCKS if block < models[0].adapter.depth]
     photos = _open_photos(bench, models[0]) if bench.photos else None
     record, text = {**facts("table5", bench, models[0]), "source": SOURCE}, [f"# {SOURCE}", "", "    " + command("table5", bench)]
-    bench.records()
     wrong = False
     for name, pictures in data.items():
         part = _maps(bench, models, (name, pictures), blocks)
@@ -136,9 +135,10 @@ def _policies(
     bench: MapsBench, models: Sequence[ReducedTransformer], photos: RawImages, blocks: Sequence[int]
 ) -> tuple[dict[str, PolicyRow], list[EvalReport]]:
     """Our models on the photos, then each block's attention with 30 % dropped, as in the paper, and at the cost of ours."""
+    bench.open_output()
     ours = [_ours(bench, model, photos) for model in models]
     model, budget = models[0], statistics.mean(one.reduced.macs_share for one in ours)
-    task = Policies(model, photos, find_explainer, bench.options(), bench.records())
+    task = Policies(model, photos, find_explainer, bench.options(), bench.records)
     size, rows = task.how.size, dict[str, PolicyRow]()
     grid = model.adapter.grid(*size)
     wanted: dict[str, str] = {}
@@ -161,7 +161,7 @@ def _ours(bench: MapsBench, model: ReducedTransformer, photos: RawImages) -> Eva
     """Our model and the dense one on the photos; remembered by weights, settings and photos."""
     how = eval_preprocess(model)
     key = fingerprint(weights_of(model.state_dict()), model.config.model_dump_json(), how, bench.dtype, photos.names, photos.stamps)
-    path = bench.records() / f"eval-{key}.json"
+    path = bench.records / f"eval-{key}.json"
     known = read_json(path)
     if known is not None:
         return EvalReport.model_validate(known)
