@@ -13,7 +13,7 @@ SIDE = 168  # of a panel in pixels
 GAP = 6
 NUMBER = 34  # width of the column that holds a row's number
 HEAD = 30  # height of the titles
-WIDEST = 1500  # pixels, beyond which photos stand below one another and no longer in several columns
+WIDEST = 1700  # pixels, beyond which photos stand below one another and no longer in several columns
 INK = (17, 22, 34)
 
 

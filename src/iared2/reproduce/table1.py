@@ -83,7 +83,7 @@ def run_table1(bench: MapsBench) -> int:
 
 def _head(bench: MapsBench) -> list[str]:
     out = ["    " + command("table1", bench), ""]
-    out += [f"The paper ({SETTING}): ours first in every figure, significantly. Percent, maps as methods give them, cut at their mean."]
+    out += [f"The paper ({SETTING}) finds ours first in every figure. Percent, maps as methods give them, cut at their mean."]
     seeds = len(bench.models)
     brackets = f"In brackets: 95 % intervals (bootstrap over pictures, {DRAWS} resamples)."
     many = (
