@@ -13,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 
+from doubles import Methods, labelled_folder
 from iared2 import cli
 from iared2.data.arrays import ImageArrays
 from iared2.data.raw import raw_images
@@ -405,47 +406,11 @@ def test_no_classifier_no_answer():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Four pictures in two class folders."""
-    draw = np.random.default_rng(0)
-    for number in range(4):
-        path = tmp_path / f"data/c{number % 2}/{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw.integers(0, 255, (70, 80, 3), np.uint8)).save(path)
-    return tmp_path / "data"
+    return labelled_folder(tmp_path / "data")
 
 
 def pictures(folder):
     return raw_images(open_data(folder), folder)
-
-
-class Methods:
-    """Explainers that count what they are asked for, and can stop like a killed process."""
-
-    def __init__(self, stop_after=math.inf):
-        self.calls, self.targets, self.stop_after = [], [], stop_after
-
-    def find(self, name, model, seed):
-        return Method(self, name, model, seed)
-
-
-class Method:
-    def __init__(self, methods, name, model, seed):
-        self.methods, self.name, self.model, self.slow, self.forwards = methods, name, model, name.startswith("slow"), 2.0
-        self.draw = torch.Generator().manual_seed(seed)
-
-    def __call__(self, images, target=None):
-        if len(self.methods.calls) >= self.methods.stop_after:
-            raise KeyboardInterrupt
-        self.methods.calls.append((self.name, len(images)))
-        self.methods.targets.append(target)
-        if self.name == "nan":
-            return torch.full((len(images), 8, 8), math.nan)
-        if self.name == "bright":
-            return images.mean(1)
-        if self.name == "weights":
-            seen = self.model.backbone.blocks[-1].mlp.fc1.weight[:64, 0].detach().view(8, 8)
-            return seen.expand(len(images), -1, -1)
-        return torch.rand(len(images), 8, 8, generator=self.draw)
 
 
 def known(rows):

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from doubles import Methods, masked_folder, save
 from iared2 import cli
 from iared2.data.arrays import ImageArrays
 from iared2.data.masks import box_masks, foreground, open_masks
@@ -207,24 +208,9 @@ def test_an_interval_is_as_wide_as_the_mean_is_uncertain():
 # ---- pictures and masks ------------------------------------------------------------------------------------------
 
 
-def save(path, pixels, mode=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(pixels), mode).save(path)
-
-
 @pytest.fixture
 def folder(tmp_path):
-    """Six pictures of 40x30 with a bright box each; masks of another size; a band to ignore in the first."""
-    draw = np.random.default_rng(0)
-    for number in range(6):
-        pixels = draw.integers(0, 90, (30, 40, 3), np.uint8)
-        pixels[8:20, 5 + number : 20 + number] += 150
-        mask = np.zeros((60, 80), np.uint8)
-        mask[16:40, 10 + 2 * number : 40 + 2 * number] = 255
-        save(tmp_path / f"data/images/{number}.png", pixels)
-        save(tmp_path / f"data/masks/{number}.png", mask)
-    save(tmp_path / "data/ignore/0.png", np.full((60, 80), 255, np.uint8) * (np.arange(80) < 40).astype(np.uint8))
-    return tmp_path / "data"
+    return masked_folder(tmp_path / "data")
 
 
 def test_a_folder(folder):
@@ -384,35 +370,6 @@ def model():
     return iared2.reduce(timm.create_model("iared2_mini_patch8_64", num_classes=10), 3).eval()
 
 
-class Methods:
-    """Explainers that count what they are asked for, and can stop like a killed process."""
-
-    def __init__(self):
-        self.calls, self.targets, self.stop_after = [], [], math.inf
-
-    def find(self, name, model, seed):
-        if name == "unfit":
-            raise ConfigError("method 'unfit': this model has no class token; use another")
-        return Method(self, name, seed)
-
-
-class Method:
-    def __init__(self, methods, name, seed):
-        self.methods, self.name, self.slow, self.forwards = methods, name, name.startswith("slow"), 2.0
-        self.draw = torch.Generator().manual_seed(seed)
-
-    def __call__(self, images, target=None):
-        if len(self.methods.calls) >= self.methods.stop_after:
-            raise KeyboardInterrupt
-        self.methods.calls.append((self.name, len(images)))
-        self.methods.targets.append(target)
-        if self.name == "nan":
-            return torch.full((len(images), 8, 8), math.nan)
-        if self.name == "crash":
-            raise RuntimeError("out of luck\nand more")
-        return images.mean(1) if self.name == "bright" else torch.rand(len(images), 8, 8, generator=self.draw)
-
-
 def figures(rows):
     return [(row.method, row.images, row.raw, row.rank, row.raw_intervals) for row in rows]
 
@@ -435,8 +392,7 @@ def test_methods_side_by_side(model, folder):
 def test_a_killed_run_goes_on_and_repeats_nothing(model, folder, tmp_path):
     options, names = SegmentOptions(batch_size=2), ["chance", "bright"]
     whole = Segmentation(model, open_masks(folder), Methods().find, options).run(names)
-    killed = Methods()
-    killed.stop_after = 3
+    killed = Methods(stop_after=3)
     with pytest.raises(KeyboardInterrupt):
         Segmentation(model, open_masks(folder), killed.find, options, tmp_path / "records").run(names)
     rest = Methods()

@@ -455,26 +455,100 @@ def _list_recipes() -> int:
 
 @app.command
 def reproduce(
-    table: Annotated[str, Parameter(help="table6, table7, table8, groups, gumbel or variance.")],
+    table: Annotated[
+        str,
+        Parameter(
+            help="Trained here: table6, table7, table8, groups, gumbel, variance. Of trained models: table1, table5, figure3, figure4, "
+            "figure6, figure7."
+        ),
+    ],
     *,
-    data: Annotated[Path, Parameter(name=["--data", "-d"], help="Tiny-ImageNet-200 (small), or ImageNet-1k (paper).")],
-    output: Annotated[Path, Parameter(name=["--output", "-o"], help="Folder for tables and runs; finished runs there are kept.")] = Path(
+    data: Annotated[
+        list[Path] | None,
+        Parameter(
+            name=["--data", "-d"],
+            consume_multiple=True,
+            negative="",
+            help="Trained here: Tiny-ImageNet-200 (small), or ImageNet-1k (paper). Else folders with images/ and masks/, gtsegs_ijcv.mat, "
+            "or Tiny-ImageNet-200 (its boxes): table1, table5, and the numbers of figure4 and figure7.",
+        ),
+    ] = None,
+    photos: Annotated[
+        list[str] | None,
+        Parameter(
+            name=["--photos", "-p"],
+            consume_multiple=True,
+            negative="",
+            metavar="PATH",
+            help="Figures: photos, folders or patterns, of which some are chosen at random. table5: one folder of labelled photos.",
+        ),
+    ] = None,
+    output: Annotated[Path, Parameter(name=["--output", "-o"], help="Folder for the results; what is finished there is kept.")] = Path(
         "runs/reproduce"
     ),
-    scale: Annotated[Literal["small", "paper"], Parameter(help="What two CPU cores manage, or the paper's.")] = "small",
-    seeds: Annotated[int, Parameter(help="How many seeds, from 0 on.")] = 1,
-    images: Annotated[int, Parameter(help="Training pictures (small scale): a fixed random subset.")] = 5000,
-    val_images: Annotated[int | None, Parameter(help="Validation pictures, a fixed random subset. Default: all.")] = None,
+    scale: Annotated[
+        Literal["small", "paper"] | None, Parameter(help="Trained here: what two CPU cores manage, or the paper's. Default: small.")
+    ] = None,
+    seeds: Annotated[int | None, Parameter(help="Trained here: how many seeds, from 0 on. Default: 1.")] = None,
+    images: Annotated[int | None, Parameter(help="Trained here, small: training pictures, a fixed random subset. Default: 5000.")] = None,
+    val_images: Annotated[int | None, Parameter(help="Trained here: validation pictures, a fixed random subset. Default: all.")] = None,
+    model: Annotated[
+        str | None, Parameter(name=["--model", "-m"], help=f"Embedded model, model folder or hub id. Default: {DEFAULT}.")
+    ] = None,
+    models: Annotated[
+        list[str] | None,
+        Parameter(consume_multiple=True, negative="", help="table1, table5, figure4, figure7: several seeds of interpreters, as --model."),
+    ] = None,
+    weights: WeightsOption = None,
+    memnet: Annotated[
+        Path | None, Parameter(help="table1, figure3, figure6: weights of the memorability network; without them its row is empty.")
+    ] = None,
+    limit: Annotated[int | None, Parameter(help="Use only this many pictures with masks or labels, a fixed random subset.")] = None,
+    slow_limit: Annotated[int | None, Parameter(help="table1: the same for slow methods. Default: 100.")] = None,
+    count: Annotated[int | None, Parameter(help="Figures: photos on the sheet. Default: the figure's own.")] = None,
     common: Common = _COMMON,
 ) -> int:
-    """Make a table of the paper again, the paper's numbers beside ours.
+    """Make a table or a figure of the paper again, the paper's numbers beside ours.
 
-    Writes OUT/TABLE.json, OUT/TABLE.md and OUT/TABLE.png.
+    Writes OUT/TABLE.json and OUT/TABLE.md, and OUT/TABLE.png where there is something to see. What was finished is not done again.
     """
+    from iared2.reproduce.options import TRAINED, check_options
+
+    asked: dict[str, Any] = {
+        "data": data,
+        "photos": photos,
+        "scale": scale,
+        "seeds": seeds,
+        "images": images,
+        "val_images": val_images,
+        "model": model,
+    }
+    asked |= {"models": models, "weights": weights, "memnet": memnet, "limit": limit, "slow_limit": slow_limit, "count": count}
+    given = {name: value for name, value in asked.items() if value is not None}
+    check_options(table, [name.replace("_", "-") for name in given])
+    return (_reproduce_trained if table in TRAINED else _reproduce_maps)(table, output, given, common)
+
+
+def _reproduce_trained(table: str, output: Path, given: dict[str, Any], common: Common) -> int:
+    """Tables whose models are trained by the command."""
     from iared2.reproduce.bench import Bench
     from iared2.reproduce.command import run_reproduction
 
-    return run_reproduction(table, Bench(data, output, scale, images, val_images, seeds, common.device, common.workers))
+    folders = given.pop("data")
+    if len(folders) != 1:
+        raise ConfigError(f"--data: got {len(folders)} folders, but {table} trains on one")
+    return run_reproduction(table, Bench(folders[0], output, device=common.device, workers=common.workers, **given))
+
+
+def _reproduce_maps(table: str, output: Path, given: dict[str, Any], common: Common) -> int:
+    """Tables and figures of models that are trained already."""
+    from iared2.reproduce.command import run_maps
+    from iared2.reproduce.maps import MapsBench
+
+    models = tuple(given.pop("models", [given.pop("model", DEFAULT)]))
+    several: dict[str, Any] = {name: tuple(given.pop(name, ())) for name in ("data", "photos")}
+    how: dict[str, Any] = {"device": common.device, "dtype": common.dtype, "batch_size": common.batch_size or 16, "workers": common.workers}
+    return run_maps(table, MapsBench(output, models, seed=common.seed or 0, **several, **how, **given))
 
 
 # ---- errors, in one place -------------------------------------------------------------------------------------

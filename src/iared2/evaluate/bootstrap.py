@@ -1,7 +1,7 @@
 """The bootstrap over images: which images each resample holds, and 95 % intervals of what is computed from them."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from iared2.seeds import generator
@@ -9,12 +9,17 @@ from iared2.seeds import generator
 DRAWS = 1000  # resamples
 
 
+def drawn(count: int, seed: int = 0, draws: int = DRAWS) -> Int[Tensor, "D N"]:
+    """Which of `count` images each resample holds, with repetitions; the same seed draws the same images."""
+    return torch.randint(count, (draws, count), generator=generator(seed))
+
+
 def resamples(count: int, seed: int = 0, draws: int = DRAWS) -> Float[Tensor, "D N"]:
     """How often each of `count` images is in each resample; float64, rows add up to `count`.
 
     The same seed draws the same images for every method that saw as many, so intervals of several methods belong together.
     """
-    chosen_DN = torch.randint(count, (draws, count), generator=generator(seed))
+    chosen_DN = drawn(count, seed, draws)
     return torch.zeros(draws, count, dtype=torch.float64).scatter_add_(1, chosen_DN, torch.ones(draws, count, dtype=torch.float64))
 
 

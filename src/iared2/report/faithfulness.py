@@ -1,9 +1,6 @@
 """`iared2 faithfulness`: the run, its tables as Markdown, CSV, LaTeX and JSON, and its curves as JSON and as one picture."""
 
-import csv
-import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -22,7 +19,7 @@ from iared2.report.curves import curves_png
 from iared2.report.files import open_folder, write
 from iared2.report.methods import Request, check_limits, facts_of, tell_rows
 from iared2.report.screen import progress, screen
-from iared2.report.tables import Table, bare, cell, costs, lines, span, tex
+from iared2.report.tables import Table, body_of, booktabs, cell, csv_of, lines, missing_note, slow_note, span
 
 SCHEMA = 1
 CHANCE = "random"  # a row that every table has
@@ -142,60 +139,33 @@ def _digits(name: str, percent: int) -> int:
 def table(rows: Sequence[FaithRow], names: Sequence[str]) -> Table:
     """Figures by method."""
     head = ["method", "images", *(HEADINGS[name] for name in names), "forwards", "ms"]
-    body = [
-        [
-            row.method,
-            str(row.images),
-            *(cell(row.figures.get(name), _digits(name, 2)) for name in names),
-            *costs(row.forwards, row.milliseconds),
-        ]
-        for row in rows
-        if row.why is None
-    ]
+    body = body_of(rows, lambda row: [cell(row.figures.get(name), _digits(name, 2)) for name in names])
     return head, body
 
 
 def markdown(rows: Sequence[FaithRow]) -> str:
     """Figures, then their intervals, then what is missing and why."""
-    names, good = _shown(rows), [row for row in rows if row.why is None]
-    intervals = [[row.method, *(span(row.intervals.get(name), _digits(name, 1)) for name in names)] for row in good]
+    names = _shown(rows)
+    intervals = [[row.method, *(span(row.intervals.get(name), _digits(name, 1)) for name in names)] for row in rows if row.why is None]
     text = ["# Faithfulness of maps", ""]
     text += ["Arrows say what is better; the dense backbone is the judge. Pos. and neg.: area under the top-1 curve from 10 to 90 %"]
     text += ["removed, most or least relevant first, in percent; pixels become black, patches are dropped (tokens), pixels are imputed"]
     text += ["(ROAD). Del. and ins.: area under the explained class's probability, in percent. Random: rank correlation of maps."]
-    if any(row.slow for row in good):
-        sizes = ", ".join(f"{row.method} on {row.images}" for row in good if row.slow)
-        text += ["", f"Slow methods ran on a fixed random subset of the images: {sizes}."]
+    text += slow_note(rows)
     text += ["", *lines(*table(rows, names))]
     text += ["", f"95 % intervals (bootstrap over images, {DRAWS} resamples):", ""]
     text += lines(["method", *(HEADINGS[name] for name in names)], intervals)
-    missing = [f"- {row.method}: {row.why}" for row in rows if row.why is not None]
-    text += ["", "No figures:", "", *missing] if missing else []
-    return "\n".join(text) + "\n"
+    return "\n".join([*text, *missing_note(rows)]) + "\n"
 
 
 def table_csv(rows: Sequence[FaithRow]) -> str:
     """One line per method; each figure with the ends of its interval."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    columns = [f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")]
-    writer.writerow(["method", "images", "forwards", "milliseconds", *columns, "slow", "error"])
-    for row in rows:
-        values: list[float] = []
-        for name in FIGURES:
-            values += [row.figures.get(name, math.nan), *row.intervals.get(name, (math.nan, math.nan))]
-        numbers = [bare(row.forwards, 2), bare(row.milliseconds, 3), *(bare(value, 4) for value in values)]
-        writer.writerow([row.method, row.images, *numbers, int(row.slow), row.why or ""])
-    return stream.getvalue()
+    return csv_of(rows, FIGURES, {"": lambda row: (row.figures, row.intervals)})
 
 
 def latex(rows: Sequence[FaithRow]) -> str:
     """A table for papers (package booktabs)."""
-    names = _shown(rows)
-    head, body = table(rows, names)
+    head, body = table(rows, _shown(rows))
     signs = {"↓": r"$\downarrow$", "↑": r"$\uparrow$"}
-    text = ["% needs \\usepackage{booktabs}", rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule"]
-    text += [" & ".join("".join(signs.get(c, c) for c in heading) for heading in head) + r" \\", r"\midrule"]
-    text += [" & ".join([tex(cells[0]), *cells[1:]]) + r" \\" for cells in body]
-    text += [f"% {row.method}: {row.why}" for row in rows if row.why is not None]
-    return "\n".join([*text, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    first = " & ".join("".join(signs.get(c, c) for c in heading) for heading in head) + r" \\"
+    return booktabs("", f"l{'r' * (len(head) - 1)}", [first], body, rows)

@@ -59,13 +59,13 @@ def panel(photo: Image.Image) -> Image.Image:
 def hierarchy(photo: Image.Image, kept: Sequence[Bool[np.ndarray, "h w"]]) -> Image.Image:
     """Figure 4: the photo, then one panel per group with dropped patches faded and the kept share in the corner."""
     first = panel(photo)
-    return _sheet([first] + [_badged(faded(first, k), f"{100 * k.mean():.0f} %") for k in kept])
+    return _sheet([first] + [badged(faded(first, k), f"{100 * k.mean():.0f} %") for k in kept])
 
 
 def side_by_side(photo: Image.Image, maps: Mapping[str, Float[np.ndarray, "_h _w"]]) -> Image.Image:
     """The photo, then one panel per method, its map stretched to [0, 1] and laid over the photo, its name in the corner."""
     first = panel(photo)
-    return _sheet([first] + [_badged(overlay(first, stretched(values)), name) for name, values in maps.items()])
+    return _sheet([first] + [badged(overlay(first, stretched(values)), name) for name, values in maps.items()])
 
 
 def stretched(values: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
@@ -94,10 +94,10 @@ def _per_row(size: tuple[int, int], panels: int) -> int:
     return math.ceil(panels / math.ceil(panels / MOST_IN_A_ROW))
 
 
-def _badged(picture: Image.Image, text: str) -> Image.Image:
+def badged(picture: Image.Image, text: str) -> Image.Image:
     """Writes `text` into the upper left corner, light on a dark plate."""
     size = max(12, min(picture.size) // 11)
-    font = ImageFont.truetype(_font_file(), size)
+    font = ImageFont.truetype(font_file(), size)
     draw = ImageDraw.Draw(picture, "RGBA")
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     inset, pad = size // 2, size // 3
@@ -108,7 +108,8 @@ def _badged(picture: Image.Image, text: str) -> Image.Image:
 
 
 @cache
-def _font_file() -> str:
+def font_file() -> str:
+    """The bold font that matplotlib brings along."""
     import matplotlib as mpl
 
     return str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf")

@@ -1,9 +1,6 @@
 """`iared2 segment`: the run, and its tables as Markdown, CSV, LaTeX and JSON."""
 
-import csv
-import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +16,7 @@ from iared2.model import ReducedTransformer
 from iared2.report.files import open_folder, write
 from iared2.report.methods import Request, check_limits, facts_of, tell_rows
 from iared2.report.screen import progress
-from iared2.report.tables import Table, bare, cell, costs, lines, span, tex
+from iared2.report.tables import Table, body_of, booktabs, cell, csv_of, lines, missing_note, slow_note, span
 
 SCHEMA = 1
 HEADINGS = dict(zip(FIGURES, ("pixel acc.", "mIoU", "mAP", "mAcc", "pointing", "mass"), strict=True))
@@ -71,79 +68,42 @@ def short_table(rows: Sequence[MapRow]) -> Table:
     """For the screen: raw maps, and mIoU and mAP of their ranks."""
     names = ("pixel_accuracy", "miou", "map", "macc")
     head = ["method", "images", *(HEADINGS[name] for name in names), "rank mIoU", "rank mAP", "forwards", "ms"]
-    body = [
-        [
-            row.method,
-            str(row.images),
-            *(cell(row.raw.get(name)) for name in names),
-            *(cell(row.rank.get(name)) for name in ("miou", "map")),
-            *costs(row.forwards, row.milliseconds),
-        ]
-        for row in rows
-        if row.why is None
-    ]
+    body = body_of(
+        rows,
+        lambda row: [*(cell(row.raw.get(name)) for name in names), *(cell(row.rank.get(name)) for name in ("miou", "map"))],
+    )
     return head, body
 
 
 def markdown(rows: Sequence[MapRow]) -> str:
     """Figures of raw maps and of their ranks side by side, then their intervals, then what is missing and why."""
-    good = [row for row in rows if row.why is None]
     pairs = [f"{HEADINGS[name]} {kind}" for name in FIGURES for kind in ("raw", "rank")]
-    figures = [
-        [
-            row.method,
-            str(row.images),
-            *(cell(part.get(name)) for name in FIGURES for part in (row.raw, row.rank)),
-            *costs(row.forwards, row.milliseconds),
-        ]
-        for row in good
-    ]
     intervals = [
-        [row.method, *(span(part.get(name)) for name in FIGURES for part in (row.raw_intervals, row.rank_intervals))] for row in good
+        [row.method, *(span(part.get(name)) for name in FIGURES for part in (row.raw_intervals, row.rank_intervals))]
+        for row in rows
+        if row.why is None
     ]
     text = ["# Maps against masks", ""]
     text += ["Percent. `raw`: maps as methods give them; `rank`: their values replaced by ranks. Cut at the mean of each map."]
-    if any(row.slow for row in good):
-        sizes = ", ".join(f"{row.method} on {row.images}" for row in good if row.slow)
-        text += ["", f"Slow methods ran on a fixed random subset of the images: {sizes}."]
-    text += ["", *lines(["method", "images", *pairs, "forwards", "ms per image"], figures)]
+    text += slow_note(rows)
+    text += ["", *lines(["method", "images", *pairs, "forwards", "ms per image"], body_of(rows, _raw_and_rank))]
     text += ["", f"95 % intervals (bootstrap over images, {DRAWS} resamples):", "", *lines(["method", *pairs], intervals)]
-    missing = [f"- {row.method}: {row.why}" for row in rows if row.why is not None]
-    text += ["", "No figures:", "", *missing] if missing else []
-    return "\n".join(text) + "\n"
+    return "\n".join([*text, *missing_note(rows)]) + "\n"
+
+
+def _raw_and_rank(row: MapRow) -> list[str]:
+    """A method's figures, of its maps as they are and of their ranks side by side."""
+    return [cell(part.get(name)) for name in FIGURES for part in (row.raw, row.rank)]
 
 
 def table_csv(rows: Sequence[MapRow]) -> str:
     """One line per method; each figure with the ends of its interval; those of ranks have names that begin with `rank_`."""
-    columns = [f"{kind}{name}{end}" for kind in ("", "rank_") for name in FIGURES for end in ("", "_low", "_high")]
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["method", "images", "forwards", "milliseconds", *columns, "slow", "error"])
-    for row in rows:
-        values: list[float] = []
-        for figures, pairs in ((row.raw, row.raw_intervals), (row.rank, row.rank_intervals)):
-            for name in FIGURES:
-                values += [figures.get(name, math.nan), *pairs.get(name, (math.nan, math.nan))]
-        numbers = [bare(row.forwards, 2), bare(row.milliseconds, 3), *(bare(value, 4) for value in values)]
-        writer.writerow([row.method, row.images, *numbers, int(row.slow), row.why or ""])
-    return stream.getvalue()
+    return csv_of(rows, FIGURES, {"": lambda row: (row.raw, row.raw_intervals), "rank_": lambda row: (row.rank, row.rank_intervals)})
 
 
 def latex(rows: Sequence[MapRow]) -> str:
     """A table for papers (package booktabs): raw and rank figures side by side."""
     spans = " & ".join(rf"\multicolumn{{2}}{{c}}{{{HEADINGS[name]}}}" for name in FIGURES)
-    text = [
-        "% needs \\usepackage{booktabs}; percent, raw maps and rank-normalised maps",
-        rf"\begin{{tabular}}{{lr{'rr' * len(FIGURES)}rr}}",
-        r"\toprule",
-        rf"method & images & {spans} & forwards & ms \\",
-        rf" & & {' & '.join(['raw & rank'] * len(FIGURES))} & & \\",
-        r"\midrule",
-    ]
-    for row in rows:
-        if row.why is not None:
-            text.append(f"% {row.method}: {row.why}")
-            continue
-        cells = [cell(part.get(name)) for name in FIGURES for part in (row.raw, row.rank)]
-        text.append(rf"{tex(row.method)} & {row.images} & {' & '.join(cells)} & {' & '.join(costs(row.forwards, row.milliseconds))} \\")
-    return "\n".join([*text, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    head = [rf"method & images & {spans} & forwards & ms \\", rf" & & {' & '.join(['raw & rank'] * len(FIGURES))} & & \\"]
+    note = "; percent, raw maps and rank-normalised maps"
+    return booktabs(note, f"lr{'rr' * len(FIGURES)}rr", head, body_of(rows, _raw_and_rank), rows)

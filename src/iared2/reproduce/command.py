@@ -1,13 +1,20 @@
-"""`iared2 reproduce`: makes a table, run by run, and writes what is there after each."""
+"""`iared2 reproduce`: makes a table or a figure, run by run, and writes what is there after each."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 
 from iared2.errors import ConfigError
 from iared2.reproduce.bench import Bench
+from iared2.reproduce.figures import SHEETS, run_figure
+from iared2.reproduce.maps import MapsBench
 from iared2.reproduce.runs import figures
+from iared2.reproduce.table1 import run_table1
+from iared2.reproduce.table5 import run_table5
 from iared2.reproduce.tables import DENSE, NAMES, TABLES
 from iared2.reproduce.variance import run_variance
 from iared2.reproduce.write import Results, write_table
@@ -35,5 +42,31 @@ def run_reproduction(name: str, bench: Bench) -> int:
             for line, (_, found) in zip(table.lines, results, strict=True):
                 found.append(figures(bench, line.what, seed))
                 write_table(name, table, dense, results, bench)
-    Console().print((bench.output / f"{name}.md").read_text(), markup=False, highlight=False, soft_wrap=True)
+    _tell(bench.output / f"{name}.md")
     return 0
+
+
+ABOUT_MAPS: dict[str, Callable[[MapsBench], int]] = {
+    "table1": run_table1,
+    "table5": run_table5,
+    **{name: partial(run_figure, name) for name in SHEETS},
+}
+
+
+def run_maps(name: str, bench: MapsBench) -> int:
+    """Makes a table or a figure about maps of models that are trained already.
+
+    Returns:
+        0; 1 where pictures were broken or a row has no figures.
+
+    Raises:
+        IARED2Error: whatever stands in the way, in one line.
+    """
+    bench.check()
+    code = ABOUT_MAPS[name](bench)
+    _tell(bench.output / f"{name}.md")
+    return code
+
+
+def _tell(path: Path) -> None:
+    Console().print(path.read_text(), markup=False, highlight=False, soft_wrap=True)
