@@ -56,8 +56,9 @@ def gradient_map(
 ) -> tuple[Float[Tensor, "B h w"], float]:
     """Our map with one backward pass: those scores times the root of generic attribution, which knows the class.
 
-    They are shared among patches three times: by what patches pay to one another in the middle third of the blocks, by keys two
-    thirds of the way, and by keys a sixth of the way; chosen as for `combined_map`.
+    They are shared among patches three times: by what patches pay to one another in the first third of the blocks, by keys two
+    thirds of the way, and by keys a sixth of the way; chosen as for `combined_map`. (Later blocks do not pay to their like in every
+    model: in the embedded one their attention turns maps inside out.)
 
     Returns:
         Maps, and the mean cost of one in dense forward passes, but for the backward pass.
@@ -69,8 +70,8 @@ def gradient_map(
         _, trace = model.trace(images)
         value_BN = relative_scores(trace) * relative(evidence_BN.clamp(min=0)).sqrt()
         third, prefix = model.adapter.depth // 3, passed.layout.prefix
-        middle = passed.attention_BHSS[third : 2 * third] or passed.attention_BHSS
-        paid_BNN = torch.stack([weight.mean(1)[:, prefix:, prefix:] for weight in middle]).mean(0)
+        early = passed.attention_BHSS[: max(1, third)]
+        paid_BNN = torch.stack([weight.mean(1)[:, prefix:, prefix:] for weight in early]).mean(0)
         value_BN = shared(value_BN, paid_BNN / paid_BNN.sum(-1, keepdim=True).clamp(min=_LEAST))
         for block in (2 * third, third // 2):
             keys_THK = model.adapter.attend(block, passed.packed(block), want_keys=True).key_THK
