@@ -92,6 +92,11 @@ class BackboneAdapter(ABC):
         """Whether the head needs at least one patch token per image; by default, where there are no prefix tokens."""
         return self.prefix == 0
 
+    @property
+    def answering(self) -> int:
+        """How many prefix tokens, from the first on, the head reads where it pools no patches."""
+        return 1
+
     @abstractmethod
     def embed(self, images: Float[Tensor, "B C height width"]) -> PackedTokens:
         """Pixels -> packed tokens with positions, as they enter block 0."""

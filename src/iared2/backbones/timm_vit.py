@@ -62,6 +62,10 @@ class TimmViTAdapter(BackboneAdapter):
     def needs_patch(self) -> bool:  # pooling may change with reset_classifier
         return self.prefix == 0 or (self.module.global_pool != "token" and not self.module.pool_include_prefix)
 
+    @property
+    def answering(self) -> int:
+        return 2 if hasattr(self.module, "head_dist") else 1  # timm averages the class and the distillation token's answers
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.module.patch_embed.dynamic_feat_size((height, width))
         return int(rows), int(columns)

@@ -34,7 +34,7 @@ def raw_attention(passed: DensePass, block: int, head: int | None = None, over: 
 
 def rolled(layers: Sequence[Float[Tensor, "B S S"]]) -> Float[Tensor, "B S S"]:
     """The product over layers of 0.5 A + 0.5 I, rows summing to one."""
-    eye_SS = torch.eye(layers[0].shape[-1], device=layers[0].device)
+    eye_SS = torch.eye(layers[0].shape[-1]).to(layers[0])
     total_BSS = eye_SS.expand_as(layers[0])
     for layer_BSS in layers:
         mixed_BSS = layer_BSS + eye_SS
@@ -90,7 +90,7 @@ def generic_attribution(passed: DensePass, target_B: Target, classes: int) -> Ma
 def relevance_rollout(parts: Sequence[Float[Tensor, "B H S S"]]) -> Float[Tensor, "B S S"]:
     """The product over layers of I + mean over heads of the positive part."""
     first = parts[0]
-    total = torch.eye(first.shape[-1], device=first.device).expand(len(first), -1, -1)
+    total = torch.eye(first.shape[-1]).to(first).expand(len(first), -1, -1)
     for part_BHSS in parts:
         total = total + part_BHSS.clamp(min=0).mean(1) @ total
     return total.detach()

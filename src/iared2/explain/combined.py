@@ -104,6 +104,7 @@ def relative(value: Float[Tensor, "*B N"]) -> Float[Tensor, "*B N"]:
 
 def shared(value_BN: Float[Tensor, "B N"], weight_BNN: Float[Tensor, "B N N"], times: int = 1) -> Float[Tensor, "B N"]:
     """Each patch takes the weighted mean of all patches' values, `times` times; rows of weights sum to one."""
+    weight_BNN = weight_BNN.to(value_BN)
     for _ in range(times):
         value_BN = (weight_BNN @ value_BN[..., None]).squeeze(-1)
     return value_BN

@@ -50,9 +50,12 @@ class DensePass:
         return PackedTokens(self.token_TD[place], self.layout)
 
     def answer_row(self, value_BSS: Float[Tensor, "B S S"]) -> Float[Tensor, "B h w"]:
-        """What the token that answers takes from each patch: the class token's row, or the mean row where patches are pooled."""
-        row_BS = value_BSS[:, self.layout.prefix :].mean(1) if self.adapter.needs_patch else value_BSS[:, 0]
-        return self.patches(row_BS)
+        """What the tokens that answer take from each patch.
+
+        That is the class token's row (with a distillation token, the mean of both), or the mean row where patches are pooled.
+        """
+        rows = slice(self.layout.prefix, None) if self.adapter.needs_patch else slice(0, self.adapter.answering)
+        return self.patches(value_BSS[:, rows].mean(1))
 
 
 def dense_pass(model: ReducedTransformer, images: Float[Tensor, "B C height width"]) -> DensePass:

@@ -3,13 +3,16 @@
 Ours explain the reduced model and cost less than one dense pass; all others explain the dense backbone inside it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from iared2 import cost
 from iared2.errors import ConfigError
 from iared2.explain import attention as seen
 from iared2.explain import perturbing, propagation
@@ -46,8 +49,8 @@ class Explainer:
 
     @property
     def forwards(self) -> float:
-        """What a map costs, in passes of the dense backbone; of ours the mean over the last batch."""
-        return self.run.forwards if isinstance(self.run, Ours) else self.cost
+        """What a map costs, in passes of the dense backbone; where that depends on the picture, the mean over the last batch."""
+        return self.run.forwards if isinstance(self.run, Counted) else self.cost
 
     def __call__(self, images: Float[Tensor, "B C height width"], target_B: Target = None) -> Maps:
         """Maps of a batch, one value per patch or per pixel; larger means more important.
@@ -59,18 +62,28 @@ class Explainer:
             if not self.model.num_classes:
                 raise ConfigError("target: this model has no classifier, so there is no class to ask for")
             check_target(target_B, self.model.num_classes)
-        self.model.eval()
-        frozen = [p for p in self.model.parameters() if p.requires_grad]
-        for parameter in frozen:  # gradients of weights would cost half as much again
-            parameter.requires_grad_(False)
-        try:
-            maps = self.run(images, target_B).float()
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+        with torch.inference_mode(False), torch.enable_grad(), _at_rest(self.model):
+            maps = self.run(images.clone() if images.is_inference() else images, target_B).float()
         if not maps.isfinite().all():
             raise ConfigError(f"{self.name}: the map is not finite; try --dtype float32, and check the model's weights")
         return maps
+
+
+@contextmanager
+def _at_rest(model: ReducedTransformer) -> Iterator[None]:
+    """Has a model in eval mode and without gradients of weights, which would cost half as much again; puts back what was."""
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
 
 
 @dataclass(frozen=True)
@@ -142,7 +155,7 @@ def _lacks(model: ReducedTransformer, needs: str) -> str:
         return "this model pools its tokens with an attention of its own, so no token's row or layer rule is its answer"
     plain = all(model.adapter.splits)
     if needs == "linear" and not plain:
-        return "this model's blocks run attention and feed-forward layers in one projection, for which there is no rule"
+        return "this model's blocks run attention and feed-forward layers side by side, for which there is no rule here"
     return ""
 
 
@@ -184,6 +197,25 @@ def _whole(read: Callable[[ReducedTransformer, Tensor, Target], Maps]) -> Callab
     return make
 
 
+def _drawn(read: Callable[..., Maps]) -> Callable[[ReducedTransformer, str, int], Run]:
+    """Methods that take the model as it is, and draw."""
+
+    def make(model: ReducedTransformer, detail: str, seed: int) -> Run:
+        return lambda images, target_B: read(model, images, target_B, seed=seed)
+
+    return make
+
+
+def _occlusion(model: ReducedTransformer, detail: str, seed: int) -> Run:
+    """occlusion: one pass per window, one for the class and one for the answer without a window."""
+
+    def read(images: Tensor, target_B: Target) -> tuple[Maps, float]:
+        rows, columns = model.adapter.grid(images.shape[-2], images.shape[-1])
+        return perturbing.occlusion(model, images, target_B), 2.0 + max(1, rows - 1) * max(1, columns - 1)
+
+    return Counted(read)
+
+
 def _attention(model: ReducedTransformer, detail: str, seed: int) -> Run:
     """attention:BLOCK, attention:BLOCK:HEAD or attention:BLOCK:max; the last block without a detail."""
     block, _, rest = detail.partition(":")
@@ -205,8 +237,8 @@ def _number(name: str, text: str, count: int, what: str) -> int:
 
 
 @dataclass
-class Ours:
-    """One of our maps, whose cost depends on how many patches stay.
+class Counted:
+    """A method whose cost is known when it has run: of ours it depends on how many patches stay, of others on the size of the picture.
 
     Attributes:
         read: images and target to maps and their mean cost.
@@ -232,7 +264,7 @@ def _ours(model: ReducedTransformer, detail: str, seed: int) -> Run:
             _, trace = model.trace(images)
         return to_map(scores_on_grid(trace)[group], trace.grid), trace.share_of_dense()
 
-    return Ours(read)
+    return Counted(read)
 
 
 def _ours_gradient(model: ReducedTransformer, detail: str, seed: int) -> Run:
@@ -242,7 +274,7 @@ def _ours_gradient(model: ReducedTransformer, detail: str, seed: int) -> Run:
         maps, forwards = gradient_map(model, images, target_B)
         return maps, forwards + BACKWARD
 
-    return Ours(read)
+    return Counted(read)
 
 
 def _random(model: ReducedTransformer, detail: str, seed: int) -> Run:
@@ -265,7 +297,14 @@ def _gaussian(height: int, width: int) -> Tensor:
 
 def _memorability(model: ReducedTransformer, detail: str, seed: int) -> Run:
     net = load_memnet(detail)
-    return lambda images, target_B: memorability(net.to(images.device), images)
+
+    def read(images: Tensor, target_B: Target) -> tuple[Maps, float]:
+        with FlopCounterMode(display=False) as counter:
+            maps = memorability(net.to(images.device), images)
+        macs = counter.get_total_flops() / 2 / max(1, len(images))
+        return maps, macs / cost.dense_macs(model.adapter, images.shape[-2], images.shape[-1])
+
+    return Counted(read)
 
 
 _ROW = "attention"
@@ -281,16 +320,21 @@ METHODS: dict[str, Method] = {
     "transformer_attribution": Method(
         "relevance times gradient (Chefer et al. 2021)", _whole(propagation.transformer_attribution), 2 + 3 * BACKWARD, needs="linear"
     ),
-    "lrp": Method("layer-wise relevance propagation to the patches", _whole(propagation.lrp), 1 + 2 * BACKWARD, needs="linear"),
+    "lrp": Method(
+        "layer-wise relevance propagation to the patches; in deep models its quotients magnify rounding",
+        _whole(propagation.lrp),
+        1 + 2 * BACKWARD,
+        needs="linear",
+    ),
     "partial_lrp": Method("relevance at the last attention", _whole(propagation.partial_lrp), 1 + BACKWARD, needs="linear"),
     "attnlrp": Method("AttnLRP (Achtibat et al. 2024)", _whole(propagation.attnlrp), 1 + 2 * BACKWARD, needs="linear"),
     "legrad": Method("LeGrad (Bousselham et al. 2024)", _slopes(seen.legrad), 1 + BACKWARD),
     "ig": Method("integrated gradients, 16 steps (captum)", _whole(perturbing.integrated_gradients), 1 + 16 * (1 + BACKWARD), slow=True),
-    "smoothgrad": Method("SmoothGrad, 16 draws (captum)", _whole(perturbing.smoothgrad), 1 + 16 * (1 + BACKWARD), slow=True),
-    "occlusion": Method("occlusion, window of 2 x 2 patches (captum)", _whole(perturbing.occlusion), 198.0, slow=True),
-    "rise": Method("RISE, 200 masks (Petsiuk et al. 2018)", _whole(perturbing.rise), 201.0, slow=True),
-    "lime": Method("LIME, 200 draws over 7 x 7 cells (captum)", _whole(perturbing.lime), 201.0, slow=True),
-    "memorability": Method("MemNet's memorability; weights not included", _memorability, 1.0, "FILE"),
+    "smoothgrad": Method("SmoothGrad, 16 draws (captum)", _drawn(perturbing.smoothgrad), 1 + 16 * (1 + BACKWARD), slow=True),
+    "occlusion": Method("occlusion, window of 2 x 2 patches (captum)", _occlusion, slow=True),
+    "rise": Method("RISE, 200 masks (Petsiuk et al. 2018)", _drawn(perturbing.rise), 201.0, slow=True),
+    "lime": Method("LIME, 200 draws over 7 x 7 cells (captum)", _drawn(perturbing.lime), 201.0, slow=True),
+    "memorability": Method("MemNet's memorability; weights not included", _memorability, detail="FILE"),
     "random": Method("chance", _random, 0.0),
     "gaussian": Method("a centred Gaussian, a quarter of the side wide", _constant(_gaussian), 0.0),
     "background": Method("a map that is the same everywhere", _constant(torch.ones), 0.0),

@@ -82,10 +82,11 @@ def explain(model: ReducedTransformer, images: Float[Tensor, "B C height width"]
     if not (torch.isfinite(logits).all() and torch.isfinite(trace.score_GBN).all()):
         raise ConfigError("the model's answer is not finite; try --dtype float32, and check its weights")
     heads = [None] * len(logits) if head_GBHN is None else [head_GHN.clone() for head_GHN in head_GBHN.float().cpu().unbind(1)]
+    chosen = [_best(row, names, top) if model.num_classes else () for row in logits]
     traces = [trace.image(index) for index in range(len(logits))]
     return [
-        Explanation(_best(row, names, top), one, head_GHN, macs_by_group(model, one, (images.shape[-2], images.shape[-1])))
-        for row, one, head_GHN in zip(logits, traces, heads, strict=True)
+        Explanation(best, one, head_GHN, macs_by_group(model, one, (images.shape[-2], images.shape[-1])))
+        for best, one, head_GHN in zip(chosen, traces, heads, strict=True)
     ]
 
 

@@ -12,7 +12,7 @@ The answer that is explained is the target's logit, as everywhere in this packag
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from iared2.data.views import seeded
 from iared2.errors import ConfigError
 from iared2.explain.attention import Maps, Target
 from iared2.explain.dense import explained_class, gain
@@ -51,7 +52,7 @@ def answers(model: ReducedTransformer, images: Tensor, target_B: Target) -> tupl
     chosen_B = explained_class(output_BC, target_B, classes)
 
     def answer(changed: Tensor) -> Tensor:
-        output = backbone(changed).float()
+        output = backbone(changed.to(images)).float()
         times = len(changed) // len(images)  # captum repeats a batch as a whole
         if classes:
             return gain(output, None if chosen_B is None else chosen_B.repeat(times), classes)
@@ -72,19 +73,27 @@ def integrated_gradients(model: ReducedTransformer, images: Tensor, target_B: Ta
     return found.detach().sum(1).abs()
 
 
-def smoothgrad(model: ReducedTransformer, images: Tensor, target_B: Target, draws: int = 16) -> Maps:
-    """Gradients of noisy copies, averaged."""
-    attr, (answer, _) = captum(), answers(model, images, target_B)
-    spread = 0.1 * float(images.amax() - images.amin())
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tunnel = attr.NoiseTunnel(attr.Saliency(answer))
-        found = tunnel.attribute(images, nt_type="smoothgrad", nt_samples=draws, nt_samples_batch_size=1, stdevs=spread, abs=False)
-    return found.detach().abs().sum(1)
+def smoothgrad(model: ReducedTransformer, images: Tensor, target_B: Target, draws: int = 16, seed: int = 0) -> Maps:
+    """Gradients of noisy copies, averaged. Every image gets the same noise, in units of its own range."""
+    attr, maps = captum(), []
+    for one, wanted_B in _one_by_one(images, target_B):
+        answer, _ = answers(model, one, wanted_B)
+        spread = 0.1 * float(one.amax() - one.amin())
+        with torch.enable_grad(), seeded(seed):
+            tunnel = attr.NoiseTunnel(attr.Saliency(answer))
+            found = tunnel.attribute(one, nt_type="smoothgrad", nt_samples=draws, nt_samples_batch_size=4, stdevs=spread, abs=False)
+        maps.append(found[0].detach().abs().sum(0))
+    return torch.stack(maps)
+
+
+def _one_by_one(images: Tensor, target_B: Target) -> Iterator[tuple[Tensor, Target]]:
+    """Batches of one, so that what is drawn for an image does not depend on its neighbours."""
+    for index in range(len(images)):
+        yield images[index : index + 1], None if target_B is None else target_B[index : index + 1]
 
 
 def occlusion(model: ReducedTransformer, images: Tensor, target_B: Target) -> Maps:
-    """What the answer loses when a window is covered with the mean colour, added up over the windows that cover a pixel."""
+    """What the answer loses when a window is covered with the mean colour, mean over the windows that cover a pixel."""
     answer, _ = answers(model, images, target_B)
     rows, columns = model.adapter.grid(images.shape[-2], images.shape[-1])
     patch = images.shape[-2] // rows, images.shape[-1] // columns
@@ -94,14 +103,12 @@ def occlusion(model: ReducedTransformer, images: Tensor, target_B: Target) -> Ma
     return found.mean(1)
 
 
-def lime(model: ReducedTransformer, images: Tensor, target_B: Target, draws: int = 200) -> Maps:
+def lime(model: ReducedTransformer, images: Tensor, target_B: Target, draws: int = 200, seed: int = 0) -> Maps:
     """Weights of a linear model of the answer over cells that are there or covered with the mean colour."""
     maps = []
-    for index in range(len(images)):
-        one = images[index : index + 1]
-        answer, _ = answers(model, one, None if target_B is None else target_B[index : index + 1])
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+    for one, wanted_B in _one_by_one(images, target_B):
+        answer, _ = answers(model, one, wanted_B)
+        with torch.no_grad(), seeded(seed):
             found = (
                 captum().Lime(answer).attribute(one, feature_mask=_cells(one), baselines=0.0, n_samples=draws, perturbations_per_eval=20)
             )
@@ -146,5 +153,5 @@ def _black(model: ReducedTransformer, images: Tensor) -> Tensor:
     """A black image as the model sees it."""
     settings = getattr(model.backbone, "pretrained_cfg", None) or {}
     mean, std = settings.get("mean", (0.5,) * images.shape[1]), settings.get("std", (0.5,) * images.shape[1])
-    black_C = -torch.tensor(mean, device=images.device) / torch.tensor(std, device=images.device)
+    black_C = -torch.tensor(mean).to(images) / torch.tensor(std).to(images)
     return black_C[None, :, None, None].expand_as(images)

@@ -1,15 +1,31 @@
 """Explainers by relevance propagation: full and partial LRP, transformer attribution, AttnLRP."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from iared2.explain.attention import Maps, Target, first_layer, relevance_rollout
 from iared2.explain.dense import DensePass, attention_gradients, dense_pass, explained_class, gain
 from iared2.explain.relevance import Rules, propagating
 from iared2.model import ReducedTransformer
+
+
+def _in_full(read: Callable[..., Maps]) -> Callable[[ReducedTransformer, Tensor, Target], Maps]:
+    """Has relevance propagated with at least 24 bits: half precision has too few digits for its quotients."""
+
+    @wraps(read)
+    def run(model: ReducedTransformer, images: Tensor, target_B: Target) -> Maps:
+        dtype = next(model.parameters()).dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            model, dtype = copy.deepcopy(model).float(), torch.float32
+        with torch.autocast(images.device.type, enabled=False), torch.enable_grad():
+            return read(model, images.to(dtype), target_B).detach()
+
+    return run
 
 
 def relevance_pass(model: ReducedTransformer, images: Tensor, rules: Rules) -> DensePass:
@@ -23,13 +39,18 @@ def relevance_of(passed: DensePass, wanted: Sequence[Tensor], target_B: Target, 
     return list(torch.autograd.grad(gain(passed.output_BC, target_B, classes).sum(), list(wanted)))
 
 
+@_in_full
 def lrp(model: ReducedTransformer, images: Tensor, target_B: Target) -> Maps:
-    """Full LRP: what reaches the embedded patches, channels added up. Within a patch relevance has nowhere else to go."""
+    """Full LRP: what reaches the embedded patches, positions included, channels added up.
+
+    Totals are conserved, but over many blocks the quotients of Eq. 12 magnify the last digits: maps of deep models hardly repeat.
+    """
     passed = relevance_pass(model, images, Rules(len(images)))
     (found_TD,) = relevance_of(passed, passed.token_TD[:1], target_B, model.num_classes)
     return passed.patches(found_TD.sum(-1).view(len(images), -1))
 
 
+@_in_full
 def partial_lrp(model: ReducedTransformer, images: Tensor, target_B: Target) -> Maps:
     """Relevance that reaches the last attention, mean over heads."""
     passed = relevance_pass(model, images, Rules(len(images)))
@@ -37,15 +58,19 @@ def partial_lrp(model: ReducedTransformer, images: Tensor, target_B: Target) -> 
     return passed.answer_row(torch.cat(found, dim=1).mean(1))
 
 
+@_in_full
 def attnlrp(model: ReducedTransformer, images: Tensor, target_B: Target, gamma: float = 0.25) -> Maps:
     """AttnLRP to the pixels' part of the embedded patches, channels added up; gamma as its authors take for vision transformers."""
     passed = relevance_pass(model, images, Rules(len(images), attn=True, gamma=gamma))
     (per_value_TD,) = relevance_of(passed, passed.token_TD[:1], target_B, model.num_classes)
-    with torch.no_grad():  # positions and biases are in every picture: by the rule for sums they take their share, and it shows nothing
-        constant_TD = model.adapter.embed(torch.zeros_like(images)).x_TD
-    return passed.patches((per_value_TD * (passed.token_TD[0].detach() - constant_TD)).sum(-1).view(len(images), -1))
+    value_TD = passed.token_TD[0].detach()
+    if isinstance(getattr(model.backbone, "norm_pre", None), nn.Identity):  # else the embedding is no sum of which pixels have a share
+        with torch.no_grad():  # positions and biases are in every picture: they take their share, and it shows nothing
+            value_TD = value_TD - model.adapter.embed(torch.zeros_like(images)).x_TD
+    return passed.patches((per_value_TD * value_TD).sum(-1).view(len(images), -1))
 
 
+@_in_full
 def transformer_attribution(model: ReducedTransformer, images: Tensor, target_B: Target) -> Maps:
     """The product over blocks of I + mean over heads of (gradient x relevance)+ (Chefer et al. 2021, Eq. 13 and 14)."""
     propagated = relevance_pass(model, images, Rules(len(images)))
