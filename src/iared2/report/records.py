@@ -58,6 +58,11 @@ class PhotoRecord:
     embedded: dict[str, Any] = field(repr=False)
 
     @property
+    def title(self) -> str:
+        """The file's own name, for people."""
+        return self.file.replace("\\", "/").rsplit("/", 1)[-1]
+
+    @property
     def keep_ratio(self) -> list[float]:
         """Kept patches / all patches after each group."""
         return [round(value, 6) for value in self.explanation.trace.keep_ratio[0].tolist()]

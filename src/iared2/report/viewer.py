@@ -58,7 +58,7 @@ def about(photo: PhotoRecord) -> dict[str, Any]:
     """One photo for the page's script: its patches' numbers, and its figures as in the manifest."""
     entry = photo.as_json()
     figures = [{key: group[key] for key in ("kept", "keep_ratio", "macs")} for group in entry["groups"]]
-    return {"name": photo.name, "groups": figures, **photo.embedded["numbers"]}
+    return {"name": photo.title, "groups": figures, **photo.embedded["numbers"]}
 
 
 def shared(photos: Sequence[PhotoRecord]) -> dict[str, Any]:
