@@ -16,21 +16,24 @@ from safetensors.torch import save_file
 
 from doubles import labelled_folder, masked_folder, save
 from iared2 import cli, cost
+from iared2.data.cluster import fingerprint
 from iared2.data.masks import open_masks
 from iared2.data.raw import raw_images
 from iared2.data.sources import open_data
 from iared2.errors import ConfigError
 from iared2.evaluate.kept import OURS, Kept, KeptRow
 from iared2.evaluate.policies import Policies, asking_macs, count_for, paper_count, policy_share
-from iared2.evaluate.segment import SegmentOptions
+from iared2.evaluate.segment import MapRow, SegmentOptions
 from iared2.explain.memorability import MemNet
 from iared2.explain.methods import find_explainer
 from iared2.keep import Given
+from iared2.report.methods import tell_rows, without_name
 from iared2.report.sheet import HEAD, SIDE, contact_sheet, heat_panels, kept_panels, square
 from iared2.reproduce import hierarchy
 from iared2.reproduce.intervals import half_width
 from iared2.reproduce.maps import over_seeds
-from iared2.reproduce.options import NEEDS, TAKES
+from iared2.reproduce.options import NEEDS, TAKES, TRAINED
+from iared2.reproduce.runs import write_json
 from iared2.reproduce.trend import trend
 from iared2.saving import load_reduced, save_reduced
 from iared2.trace import Trace
@@ -234,6 +237,15 @@ def test_trends_are_read_off_the_numbers():
     second = trend(paper, here, "ours:1")
     assert not second.holds and second.ranks == {"miou": (2, 3)} and second.same == {"miou": 2}
     assert trend(paper, here, "ours:1", "ours").holds
+    alone = trend(paper, {"ours:1": {"miou": 35.0}, "ours": {"miou": 80.0}}, "ours:1")
+    assert alone.holds is None and alone.record()["holds"] is None
+
+
+def test_without_the_papers_other_rows_table1_claims_nothing(run, masks, tmp_path, monkeypatch):
+    few(monkeypatch, "ours:1", "ours", "random")
+    assert run("table1", "--data", masks)[0] == 0
+    text = (tmp_path / "out/table1.md").read_text()
+    assert "Nothing to compare with the paper" in text and "the trend is" not in text
 
 
 def test_intervals_are_over_pictures_or_over_seeds():
@@ -283,8 +295,12 @@ def test_table1(run, masks, tmp_path, monkeypatch):
             low, high = row["figures"]["miou"]["interval"]
             assert low <= row["figures"]["miou"]["value"] <= high, name
     mine = rows["ours:1"]["figures"]["miou"]["value"]
-    paper = [row["figures"]["miou"]["value"] for row in rows.values() if row["paper"] and row["figures"] and row["id"] != "ours:1"]
-    assert table["trend"]["ours, second group"]["ranks"]["miou"] == [1 + sum(value >= mine for value in paper), 5]
+    paper = [
+        row["figures"]["miou"]["value"] for row in rows.values() if row["paper"] and row["figures"] and row["id"] not in ("ours:1", "lime")
+    ]
+    own = table["trend"]["ours, second group"]
+    assert own["ranks"]["miou"] == [1 + sum(value >= mine for value in paper), 4] and own["pairs"] == 6  # LIME saw fewer pictures
+    assert "LIME: on fewer pictures, a fixed random subset, since slow; not among the places and pairs" in text
     monkeypatch.setattr("iared2.evaluate.segment.Segmentation.score", lambda *_: pytest.fail("scored again"))
     assert run("table1", "--data", masks, "--slow-limit", 1)[0] == 0
     assert json.loads((out / "table1.json").read_text())["tables"] == content["tables"]
@@ -367,6 +383,8 @@ def test_figures(run, photos, tmp_path, name, panels):
     assert len(content["photos"]) == 3 and len(content["titles"]) == panels
     assert all(file in text for file in content["photos"]) and f"({name}.png)" in text and f"reproduce {name}" in text
     assert ("No memorability" in text) == (name in ("figure3", "figure6"))
+    rule = text[text.index("| photo | file |") :].splitlines()[1]
+    assert rule.startswith("| --- | --- |") and "---" not in rule.replace("| --- | --- |", "").replace("---:", "")
     whole = Image.open(tmp_path / f"out/{name}.png").copy()
     again = run(name, "--photos", photos, "--count", 3, "--seed", 5, out=tmp_path / "again")
     assert again[0] == 0 and np.array_equal(np.asarray(whole), np.asarray(Image.open(tmp_path / f"again/{name}.png")))
@@ -437,6 +455,7 @@ def test_broken_photos_are_replaced_and_told_of(run, photos, tmp_path):
         (("figure7", "--photos", "HERE"), r"no pictures in this folder"),
         (("figure5", "--photos", "HERE"), r"unknown table 'figure5'; did you mean 'figure[3467]'"),
         (("table6", "--data", "HERE"), r"--model: table6 does not take it"),
+        (("figure4", "--photos"), r"--photos: got nothing behind it, wanted one or more photos or folders; name them"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(run, tmp_path, arguments, message):
@@ -444,6 +463,136 @@ def test_what_cannot_be_done_is_one_line(run, tmp_path, arguments, message):
     code, _, errors = run(*(text.replace("HERE", str(tmp_path / "here")) for text in arguments))
     assert code == 2 and len(errors) == 1 and re.search(message, errors[0]), errors
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("table1", "--data", "HERE"), r"--models: got nothing behind it, wanted one or more models"),
+        (("figure4", "--data", "HERE"), r"--models: got nothing behind it"),
+    ],
+)
+def test_models_without_a_model(run, masks, tmp_path, arguments, message):
+    code, _, errors = run(*(text.replace("HERE", str(masks)) for text in arguments), model=("--models",))
+    assert code == 2 and len(errors) == 1 and re.search(message, errors[0]), errors
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [("--seed", 3), ("--dtype", "float32"), ("--batch-size", 4)])
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_trained_tables_would_ignore_is_refused(run, tmp_path, name, option):
+    code, _, errors = run(name, "--data", tmp_path, *option, model=())
+    assert code == 2 and len(errors) == 1 and f"{option[0]}: {name} does not take it; it takes --data, --scale" in errors[0], errors
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Models that are no seeds of those in `saved`, by what they differ in."""
+    folder, backbone = tmp_path_factory.mktemp("others"), timm.create_model("iared2_mini_patch8_64", num_classes=10)
+    found = {"groups": iared2.reduce(backbone, 1), "first": iared2.reduce(backbone, (1, 4, 8))}
+    found["place"] = iared2.reduce(backbone, 3, place="between")
+    found["classes"] = iared2.reduce(timm.create_model("iared2_mini_patch8_64", num_classes=7), 3)
+    for name, model in found.items():
+        save_reduced(model, folder / name, with_backbone=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in TAKES if "models" in TAKES[name]])
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ("groups", "with groups 1, but RUN has 3"),
+        ("first", "with first blocks 1, 4, 8, but RUN has 0, 4, 8"),
+        ("place", "with place 'between', but RUN has 'before'"),
+        ("classes", "with classes 7, but RUN has 10"),
+    ],
+)
+def test_models_that_are_not_seeds_of_one_design(run, saved, others, masks, tmp_path, name, other, words):
+    code, _, errors = run(name, "--data", masks, model=("--models", saved / "run0", saved / "run1", others / other))
+    assert code == 2 and len(errors) == 1, errors
+    assert f"--models: got {others / other} {words.replace('RUN', str(saved / 'run0'))}; give seeds of one design" in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def numbers_only(path):
+    """The file's content, if it is JSON by the letter."""
+    return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{path.name} holds {word}"))
+
+
+@pytest.mark.parametrize("names", [("run0",), ("run0", "run1")])
+def test_table5_of_one_photo_has_no_intervals(run, saved, photos, tmp_path, names):
+    for _ in range(2):  # the second time from what is remembered
+        model = ("--models", *(saved / name for name in names))
+        assert run("table5", "--photos", photos, "--limit", 1, model=model)[::2] == (0, [])
+        content = numbers_only(tmp_path / "out/table5.json")["classification"]
+        assert all(row["why"] or row["figures"]["standard_error"] is None for row in content["policies"])
+        assert "nan" not in (tmp_path / "out/table5.md").read_text()
+
+
+def test_what_is_no_number_is_null_in_json(tmp_path):
+    write_json(tmp_path / "a.json", {"a": math.nan, "b": [(1.5, math.inf), {"c": -math.inf}], "d": "nan"})
+    assert numbers_only(tmp_path / "a.json") == {"a": None, "b": [[1.5, None], {"c": None}], "d": "nan"}
+
+
+def test_a_model_of_two_blocks_is_compared_with_the_papers_three(run, masks, photos, tmp_path):
+    torch.manual_seed(7)
+    backbone = timm.create_model("iared2_mini_patch8_64", num_classes=10, depth=2)
+    save_reduced(iared2.reduce(backbone, 2), tmp_path / "short", with_backbone=True)
+    assert run("table5", "--data", masks, "--photos", photos, model=("--model", tmp_path / "short"))[::2] == (0, [])
+    part = json.loads((tmp_path / "out/table5.json").read_text())["segmentation"][masks.name]
+    assert part["paper_best_block"] == {"pixel_accuracy": 2, "macc": 1, "miou": 1} and part["lacking_blocks"] == [2]
+    text = (tmp_path / "out/table5.md").read_text()
+    assert text.count("the trend is not the same") == 2 and text.count("This model has no block 2.") == 2
+
+
+def test_other_memnet_weights_under_the_same_name_are_other_figures(run, masks, tmp_path, monkeypatch):
+    few(monkeypatch, "memorability", "ours:1")
+    path, found = tmp_path / "memnet.safetensors", []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        save_file(MemNet().state_dict(), path)
+        assert run("table1", "--data", masks, "--memnet", path)[0] == 0
+        found.append(json.loads((tmp_path / "out/table1.json").read_text())["tables"][masks.name]["rows"])
+    first, again, other = ({row["id"]: row for row in rows} for rows in found)
+    assert first == again  # with the time they took, so nothing was scored twice
+    assert other["memorability"]["figures"] != first["memorability"]["figures"] and other["ours:1"] == first["ours:1"]
+
+
+def test_only_a_file_behind_the_colon_changes_a_key(tmp_path):
+    data, model = open_masks(object_folder(tmp_path / "data", (2, 4))), make(0)
+    task = Kept(model, data)
+    how = (task.options.batch_size, task.options.seed, task.options.dtype, "what groups keep")
+    for name in ("ours", "attention:1", f"memorability:{tmp_path / 'none'}", "attention:1@20", "attention:"):
+        assert task._key(name, data).endswith("-" + fingerprint(name, task._facts, how, data.names, data.stamps)), name
+
+
+@pytest.mark.parametrize(
+    ("method", "why", "said"),
+    [
+        ("memorability", "memorability: no weights", "no weights"),
+        ("attention:99", "attention:99: got block '99'", "got block '99'"),
+        ("attention:1", "attention: no rows", "no rows"),
+        ("ours", "ours_gradient: other", "ours_gradient: other"),
+        ("lrp", "a batch does not fit", "a batch does not fit"),
+    ],
+)
+def test_a_methods_name_is_said_once(method, why, said, capfd):
+    assert without_name(method, why) == said
+    assert tell_rows("", "", [MapRow(method, why=why)], {}) == 2
+    assert capfd.readouterr().err.split() == f"iared2: {method}: {said}".split()
+
+
+def test_tables_say_a_methods_name_once(run, masks, tmp_path, monkeypatch):
+    def broken(name, model, seed):
+        if name in ("attention:1", "ours_gradient"):
+            raise ConfigError(f"{name}: got nothing")
+        return find_explainer(name, model, seed)
+
+    monkeypatch.setattr("iared2.reproduce.maps.find_explainer", broken)
+    few(monkeypatch, "attention:1", "ours:1")
+    assert run("table1", "--data", masks)[0] == 1 and run("table5", "--data", masks)[0] == 1
+    assert "- raw attention, second block: got nothing\n" in (tmp_path / "out/table1.md").read_text()
+    assert "- attention:1: no figures; got nothing\n" in (tmp_path / "out/table5.md").read_text()
 
 
 def test_memnet_weights_that_are_none(run, photos, tmp_path):
@@ -474,6 +623,18 @@ def test_the_sentences_on_figure_4_follow_the_numbers():
     assert "larger after group 1, less after group 2." in said
     said = " ".join(hierarchy.sentences({"kept": figures(99, 50, 20), "inside": figures(20, 40, 20)}, follow[2:], area))
     assert "the trend is not the same" in said and "larger after no group." in said
+    said = " ".join(hierarchy.sentences({"kept": figures(100, 100, 100), "inside": figures(20, 40, 60)}, follow, area))
+    assert "(not fewer from group to group)" in said and "the trend is not the same" in said
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"), [((0.2, 0.7), "more is kept"), ((-0.7, -0.2), "less is kept"), ((-0.1, 0.2), "neither more nor")]
+)
+def test_of_one_group_nothing_is_said_about_an_order(ends, words):
+    one = {"kept": [over_seeds([100.0], (99, 100))], "inside": [over_seeds([20.0], (19, 21))]}
+    said = " ".join(hierarchy.sentences(one, [over_seeds([sum(ends) / 2], ends)], over_seeds([20.0], None)))
+    assert "Here nearly all is kept; of that, 20.0 % lies" in said and f"Here {words}" in said
+    assert "group" not in said and "the trend is" not in said
 
 
 @pytest.mark.parametrize("name", ["table1", "table5", "figure4"])

@@ -87,6 +87,17 @@ _TRAIN_COMMON = TrainCommon()
 
 @Parameter(name="*")
 @dataclass(frozen=True)
+class MapsCommon(Common):
+    """The same where some tables take no precision at all, and must know whether one was given."""
+
+    dtype: Annotated[DtypeChoice | None, Parameter(help="Precision of matrix products. Default: float32.")] = None  # type: ignore[assignment]
+
+
+_MAPS_COMMON = MapsCommon()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
 class OnRay:
     """Options of commands that can share their files out to a cluster."""
 
@@ -506,7 +517,7 @@ def reproduce(
     limit: Annotated[int | None, Parameter(help="Use only this many pictures with masks or labels, a fixed random subset.")] = None,
     slow_limit: Annotated[int | None, Parameter(help="table1: the same for slow methods. Default: 100.")] = None,
     count: Annotated[int | None, Parameter(help="Figures: photos on the sheet. Default: the figure's own.")] = None,
-    common: Common = _COMMON,
+    common: MapsCommon = _MAPS_COMMON,
 ) -> int:
     """Make a table or a figure of the paper again, the paper's numbers beside ours.
 
@@ -524,8 +535,9 @@ def reproduce(
         "model": model,
     }
     asked |= {"models": models, "weights": weights, "memnet": memnet, "limit": limit, "slow_limit": slow_limit, "count": count}
+    asked |= {"seed": common.seed, "dtype": common.dtype, "batch_size": common.batch_size}
     given = {name: value for name, value in asked.items() if value is not None}
-    check_options(table, [name.replace("_", "-") for name in given])
+    check_options(table, {name.replace("_", "-"): value for name, value in given.items()})
     return (_reproduce_trained if table in TRAINED else _reproduce_maps)(table, output, given, common)
 
 
@@ -547,8 +559,7 @@ def _reproduce_maps(table: str, output: Path, given: dict[str, Any], common: Com
 
     models = tuple(given.pop("models", [given.pop("model", DEFAULT)]))
     several: dict[str, Any] = {name: tuple(given.pop(name, ())) for name in ("data", "photos")}
-    how: dict[str, Any] = {"device": common.device, "dtype": common.dtype, "batch_size": common.batch_size or 16, "workers": common.workers}
-    return run_maps(table, MapsBench(output, models, seed=common.seed or 0, **several, **how, **given))
+    return run_maps(table, MapsBench(output, models, device=common.device, workers=common.workers, **several, **given))
 
 
 # ---- errors, in one place -------------------------------------------------------------------------------------

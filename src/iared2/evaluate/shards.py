@@ -25,6 +25,7 @@ from iared2.evaluate.classify import eval_preprocess
 from iared2.evaluate.machine import synchronise
 from iared2.model import ReducedTransformer
 from iared2.runtime import precision
+from iared2.saving import sha256
 from iared2.seeds import derive_seed
 
 
@@ -224,7 +225,8 @@ class ShardedMethods(ABC, Generic[Data, Batch, Row]):
     def _key(self, name: str, data: Data) -> str:
         options = self._run_options
         how = (options.batch_size, options.seed, options.dtype, *self.deciding())
-        return f"{''.join(c if c.isalnum() else '_' for c in name)}-{fingerprint(name, self._facts, how, data.names, data.stamps)}"
+        stem = "".join(c if c.isalnum() else "_" for c in name)
+        return f"{stem}-{fingerprint(_with_content(name), self._facts, how, data.names, data.stamps)}"
 
     def _shard(self, name: str, batch: Batch | None, where: tuple[Data, range, int]) -> Shard:
         """One method on one shard; what it draws depends on the shard alone, so that a run that goes on is the undisturbed one."""
@@ -247,6 +249,12 @@ class ShardedMethods(ABC, Generic[Data, Batch, Row]):
         if not full:
             raise DataError(f"none of the {len(self.data)} pictures can be read; the first: {first_reason(self.skipped)}")
         return self.row(explainer, name, full)
+
+
+def _with_content(name: str) -> object:
+    """What tells a method from others: its name and, where a file stands behind the colon, what is in that."""
+    path = Path(name.partition(":")[2])
+    return (name, sha256(path)) if path.is_file() else name
 
 
 def spent(row: Any) -> dict[str, Any]:

@@ -89,6 +89,14 @@ class MethodRow(Protocol):
     def why(self) -> str | None: ...
 
 
+def without_name(method: str, why: str) -> str:
+    """A reason that will stand behind its method's name: without that name, or its part before the colon, at the beginning."""
+    for name in (method, method.partition(":")[0]):
+        if why.startswith(f"{name}: "):
+            return why.removeprefix(f"{name}: ")
+    return why
+
+
 def tell_rows(table: str, where: str, rows: Sequence[MethodRow], skipped: dict[str, str]) -> int:
     """The table on the screen, where the files are, and what went wrong.
 
@@ -99,7 +107,7 @@ def tell_rows(table: str, where: str, rows: Sequence[MethodRow], skipped: dict[s
     screen().print(where, markup=False, soft_wrap=True)
     failed = [row for row in rows if row.why is not None]
     for row in failed:
-        complain(f"{row.method}: {row.why}")
+        complain(f"{row.method}: {without_name(row.method, row.why or '')}")
     if skipped:
         complain(f"{len(skipped)} broken pictures were left out: {', '.join(list(skipped)[:5])}{', ...' if len(skipped) > 5 else ''}")
     return 2 if len(failed) == len(rows) else int(bool(failed or skipped))

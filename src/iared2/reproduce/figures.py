@@ -86,13 +86,20 @@ def run_figure(name: str, bench: MapsBench) -> int:
     }
     text = [f"# {sheet.source}", "", f"![{sheet.source}]({name}.png)", "", "    " + command(name, bench), "", *_about(bench, sheet)]
     head = ["photo", "file", *(titles[1:] if sheet.kept else [])]
-    text += ["", *lines(head, [[str(n), shot.name, *more] for n, (shot, more) in enumerate(zip(shots, said, strict=True), start=1)])]
+    body = [[str(n), shot.name, *cells] for n, (shot, cells) in enumerate(zip(shots, said, strict=True), start=1)]
+    text += ["", *_photo_table(head, body)]
     if numbers:
         record["numbers"] = numbers
         text += ["", *more]
     (bench.output / f"{name}.md").write_text("\n".join([*text, *(f"- left out: {why}" for why in failed)]) + "\n")
     write_json(bench.output / f"{name}.json", record)
     return int(wrong or bool(failed))
+
+
+def _photo_table(head: list[str], body: list[list[str]]) -> list[str]:
+    """A Markdown table whose second column is text as well."""
+    heading, rule, *rows = lines(head, body)
+    return [heading, rule.replace("---:", "---", 1), *rows]
 
 
 def _about(bench: MapsBench, sheet: Sheet) -> list[str]:

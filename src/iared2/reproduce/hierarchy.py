@@ -156,8 +156,10 @@ def section(title: str, rows: Sequence[KeptRow]) -> list[str]:
 def sentences(parts: dict[str, list[Figure]], follow: Sequence[Figure], area: Figure) -> list[str]:
     """The paper's claims on Figure 4, each answered by the numbers."""
     inside, kept = [one.value for one in parts["inside"]], [one.value for one in parts["kept"]]
-    first = "nearly all" if kept[0] >= 95 else f"{kept[0]:.0f} %"
-    falls = all(later <= before for before, later in zip(kept, kept[1:], strict=False))
+    if len(kept) == 1:
+        return _of_one_group(kept[0], inside[0], follow[0], area)
+    first = _share(kept[0])
+    falls = all(later < before for before, later in zip(kept, kept[1:], strict=False))
     rises = all(later >= before - BLURRED for before, later in zip(inside, inside[1:], strict=False)) and inside[-1] > area.value + BLURRED
     yes = [str(g + 1) for g, one in enumerate(follow) if one.interval is not None and one.interval[0] > 0]
     no = [str(g + 1) for g, one in enumerate(follow) if one.interval is not None and one.interval[1] < 0]
@@ -170,6 +172,21 @@ def sentences(parts: dict[str, list[Figure]], follow: Sequence[Figure], area: Fi
     out += ["The paper: pictures with more background have more redundancy. Here more is kept where the object is larger"]
     out += [f"{f'after {_groups(yes)}' if yes else 'after no group'}" + (f", less after {_groups(no)}" if no else "") + "."]
     return out
+
+
+def _of_one_group(kept: float, inside: float, follow: Figure, area: Figure) -> list[str]:
+    """The same where there is one group, so that nothing can be said of an order."""
+    ends = follow.interval or (0.0, 0.0)
+    how = "more is kept" if ends[0] > 0 else "less is kept" if ends[1] < 0 else "neither more nor less is kept for certain"
+    return [
+        f"Here {_share(kept)} is kept; of that, {inside:.1f} % lies on the object; by chance {area.value:.1f} %.",
+        "There is one reduction, so nothing to compare with the paper's all at first, then the object, then its parts.",
+        f"The paper: pictures with more background have more redundancy. Here {how} where the object is larger.",
+    ]
+
+
+def _share(kept: float) -> str:
+    return "nearly all" if kept >= 95 else f"{kept:.0f} %"
 
 
 def _groups(numbers: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from iared2.assets import DEFAULT
 from iared2.data.cluster import weights_of
 from iared2.data.masks import MaskedImages, open_masks
 from iared2.errors import ConfigError
+from iared2.evaluate.classify import eval_preprocess
 from iared2.evaluate.machine import describe_machine, versions
 from iared2.evaluate.map_scores import FIGURES
 from iared2.evaluate.segment import MapRow, Segmentation, SegmentOptions
@@ -72,9 +73,15 @@ class MapsBench:
         return SegmentOptions(self.batch_size, self.workers, self.seed, None, self.dtype, self.slow_limit)
 
     def open_models(self) -> list[ReducedTransformer]:
-        """The models, on their device."""
+        """The models, on their device.
+
+        Raises:
+            ConfigError: they are not seeds of one design.
+        """
         device = pick_device(self.device)
-        return [load_reduced(name, weights=self.weights, device=device) for name in self.models]
+        found = [load_reduced(name, weights=self.weights, device=device) for name in self.models]
+        check_one_design(self.models, found)
+        return found
 
     def open_masks(self) -> dict[str, MaskedImages]:
         """The pictures of each data set by its name, each once, as many as the limit allows.
@@ -131,6 +138,32 @@ def facts(name: str, bench: MapsBench, model: ReducedTransformer) -> dict[str, A
     about: dict[str, Any] = {"name": name, "command": command(name, bench), "models": [_last(one) for one in bench.models]}
     about |= {"limit": bench.limit, "seed": bench.seed, "batch_size": bench.batch_size, "dtype": bench.dtype}
     return about | {"machine": describe_machine(next(model.parameters()).device), "versions": versions()}
+
+
+def check_one_design(names: Sequence[str], models: Sequence[ReducedTransformer]) -> None:
+    """Looks whether figures of these models can be averaged as seeds of one.
+
+    Raises:
+        ConfigError: one differs from the first; the message says in what.
+    """
+    first = _design(models[0])
+    for name, model in zip(names[1:], models[1:], strict=True):
+        for what, value in _design(model).items():
+            if value != first[what]:
+                got = f"got {name} with {what} {value}, but {names[0]} has {first[what]}"
+                raise ConfigError(f"--models: {got}; give seeds of one design, or make a table for each with --model")
+
+
+def _design(model: ReducedTransformer) -> dict[str, Any]:
+    config = model.config
+    return {
+        "groups": len(config.first_blocks),
+        "first blocks": ", ".join(map(str, config.first_blocks)),
+        "place": repr(config.place),
+        "blocks": model.adapter.depth,
+        "input size": " x ".join(map(str, eval_preprocess(model).size)),
+        "classes": model.num_classes,
+    }
 
 
 def shared_backbone(models: Sequence[ReducedTransformer]) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -180,8 +181,17 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Written beside and renamed, so that a kill leaves no half."""
+    """Written beside and renamed, so that a kill leaves no half. What is not a number is null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
+    beside.write_text(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
     beside.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """The same with None in place of NaN and infinity, which JSON has no words for."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,6 +8,7 @@ from iared2.data.masks import MaskedImages
 from iared2.evaluate.bootstrap import DRAWS
 from iared2.evaluate.segment import MapRow
 from iared2.model import ReducedTransformer
+from iared2.report.methods import without_name
 from iared2.report.segment import HEADINGS
 from iared2.report.tables import costs, lines
 from iared2.reproduce.maps import NO_MEMNET, Figure, MapsBench, Seeds, command, facts, figures_of, map_rows
@@ -110,8 +111,9 @@ def section(name: str, pictures: MaskedImages, chosen: Sequence[Method], rows: S
         "images",
     ]
     out = [f"## {name}", "", *lines(head, [_line(method, rows[method.id]) for method in good]), ""]
-    slow = [method.label for method in good if rows[method.id][0].slow]
-    out += [f"{listed(slow)}: on fewer pictures, a fixed random subset, since slow.", ""] if slow else []
+    fewer = [method.label for method in good if _on_fewer(method, rows)]
+    words = "on fewer pictures, a fixed random subset, since slow; not among the places and pairs that follow"
+    out += [f"{listed(fewer)}: {words}.", ""] if fewer else []
     out += _sentences(chosen, rows)
     missing = [(method.label, _why(method, rows)) for method in chosen if method not in good]
     out += ["", *(f"- {label}: {why}" for label, why in missing)] if missing else []
@@ -119,9 +121,18 @@ def section(name: str, pictures: MaskedImages, chosen: Sequence[Method], rows: S
     return [*out, "", f"{skipped} broken pictures were left out."] if skipped else out
 
 
+def _on_fewer(method: Method, rows: Seeds) -> bool:
+    """Whether a method saw fewer pictures than others did, so that its figures do not stand beside theirs."""
+    return rows[method.id][0].images < max(found[0].images for found in rows.values())
+
+
 def _why(method: Method, rows: Seeds) -> str:
     """Why a method has no figures: the first reason among seeds."""
-    return NO_MEMNET if method.id == "memorability" else next(row.why for row in rows[method.id] if row.why is not None)
+    return (
+        NO_MEMNET
+        if method.id == "memorability"
+        else next(without_name(method.id, row.why) for row in rows[method.id] if row.why is not None)
+    )
 
 
 def _line(method: Method, found: Sequence[MapRow]) -> list[str]:
@@ -137,8 +148,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def trends(chosen: Sequence[Method], rows: Seeds) -> dict[str, Trend]:
-    """For the paper's map, and for each of our others in its place: how it stands among the paper's rows."""
-    here = {method.id: _values(figures_of(rows[method.id])) for method in chosen if figures_of(rows[method.id])}
+    """For the paper's map, and for each of our others in its place: how it stands among the paper's rows on the same pictures."""
+    there = [method for method in chosen if figures_of(rows[method.id]) and not _on_fewer(method, rows)]
+    here = {method.id: _values(figures_of(rows[method.id])) for method in there}
     paper = {method.id: dict(zip(PAPERS, method.paper, strict=True)) for method in chosen if method.paper is not None}
     claimed = next(method.id for method in chosen if method.id.startswith("ours:"))
     stands = [method for method in chosen if method.id.startswith("ours") and method.id in here]
@@ -154,10 +166,12 @@ def _sentences(chosen: Sequence[Method], rows: Seeds) -> list[str]:
     if not found:
         return ["Nothing to compare with the paper: none of our maps has figures."]
     (label, own), *others = found.items()
+    if own.holds is None:
+        return ["Nothing to compare with the paper: of its other rows none has figures on the same pictures."]
     same = "the trend is the same" if own.holds else "the trend is not the same"
     out = [f"Among the paper's rows {label} is: {places(own, HEADINGS)}; {same}."]
     order = ", ".join(f"{own.same[one]} ({HEADINGS[one]})" for one in PAPERS)
-    out[0] += f" Of {own.pairs} pairs of the paper's rows that have figures here, in the paper's order: {order}."
+    out[0] += f" Of {own.pairs} pairs of the paper's rows that have figures on these pictures, in the paper's order: {order}."
     out += [f"In its place {other} would be: {places(one, HEADINGS)}." for other, one in others]
     return out
 

@@ -1,10 +1,14 @@
 """Table 5: raw attention of blocks 0, 1 and 2 as a map, and as a policy that drops patches at the input, beside ours."""
 
+import math
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from iared2.data.batches import make_batches
 from iared2.data.cluster import fingerprint, weights_of
@@ -17,6 +21,7 @@ from iared2.evaluate.policies import Policies, PolicyRow, count_for, paper_count
 from iared2.evaluate.report import EvalReport
 from iared2.explain.methods import find_explainer
 from iared2.model import ReducedTransformer
+from iared2.report.methods import without_name
 from iared2.report.screen import progress
 from iared2.report.segment import HEADINGS
 from iared2.report.tables import cell, lines
@@ -84,11 +89,13 @@ def _maps(bench: MapsBench, models: Sequence[ReducedTransformer], data: tuple[st
     ]  # fmt: skip
     known = [block for block in blocks if figures[f"attention:{block}"]]
     best = {key: max(known, key=lambda block: figures[f"attention:{block}"][key].value) for key in PAPERS} if known else {}
-    return {"rows": rows, "best_block": best, "paper_best_block": {key: _papers_best(n, blocks) for n, key in enumerate(PAPERS)}}
+    papers = {key: _papers_best(column) for column, key in enumerate(PAPERS)}
+    return {"rows": rows, "best_block": best, "paper_best_block": papers, "lacking_blocks": [one for one in BLOCKS if one not in blocks]}
 
 
-def _papers_best(column: int, blocks: Sequence[int]) -> int:
-    return max(blocks, key=lambda block: PAPER_MAPS[block][column])
+def _papers_best(column: int) -> int:
+    """The best of all three blocks, whether or not the model has so many."""
+    return max(BLOCKS, key=lambda block: PAPER_MAPS[block][column])
 
 
 def _maps_text(name: str, part: dict[str, Any]) -> list[str]:
@@ -99,11 +106,16 @@ def _maps_text(name: str, part: dict[str, Any]) -> list[str]:
         if row["figures"]
     ]
     out = [f"## Maps on {name}", "", *lines(head, body), ""]
-    out += [f"- {row['id']}: no figures; {row['error']}" for row in part["rows"] if not row["figures"]]
+    out += [f"- {row['id']}: no figures; {without_name(row['id'], row['error'])}" for row in part["rows"] if not row["figures"]]
     if part["best_block"]:
         words = [f"{HEADINGS[key]} block {part['best_block'][key]} (the paper: {part['paper_best_block'][key]})" for key in PAPERS]
         out += [f"Best of the blocks, counted from 0: {listed(words)}; {_same(part['best_block'] == part['paper_best_block'])}."]
+        out[-1] += _lacking(part["lacking_blocks"])
     return out
+
+
+def _lacking(blocks: Sequence[int]) -> str:
+    return f" This model has no {listed([f'block {block}' for block in blocks])}." if blocks else ""
 
 
 def _same(same: bool) -> str:
@@ -162,9 +174,8 @@ def _ours(bench: MapsBench, model: ReducedTransformer, photos: RawImages) -> Eva
     how = eval_preprocess(model)
     key = fingerprint(weights_of(model.state_dict()), model.config.model_dump_json(), how, bench.dtype, photos.names, photos.stamps)
     path = bench.records / f"eval-{key}.json"
-    known = read_json(path)
-    if known is not None:
-        return EvalReport.model_validate(known)
+    with suppress(ValidationError):  # none, or one of a single photo, whose standard error is no number
+        return EvalReport.model_validate(read_json(path))
     batches = make_batches(photos.data, how, bench.batch_size, bench.seed, train=False, workers=bench.workers)
     with precision(next(model.parameters()).device, bench.dtype):
         found = evaluate(model, batches, progress=True)
@@ -179,11 +190,11 @@ def _policies_text(rows: dict[str, PolicyRow], ours: Sequence[EvalReport], photo
     for label, row in rows.items():
         if row.why is None:
             found = row.figures
-            lost = f"{found['difference']:+.2f} ± {1.96 * found['standard_error']:.2f}"
+            lost = _lost(found["difference"], 1.96 * found["standard_error"])
             shares = [f"{row.kept:.3f}", f"{row.macs_share:.3f}x"]
             body.append([label, _papers_policy(label), *shares, cell(found["top1"]), lost, cell(found["top5"])])
     out = [f"## Policies on {photos} labelled photos", "", *lines(head, body), ""]
-    out += [f"- {label}: {row.why}" for label, row in rows.items() if row.why is not None]
+    out += [f"- {label}: {without_name(label.partition(',')[0], row.why)}" for label, row in rows.items() if row.why is not None]
     out += ["Nothing is retrained: the dense model meets fewer patches as it is. The paper fine-tunes every row; its G leave out the"]
     out += ["products of attention. Multiply-adds: share of the dense model's, what the map costs included. Against dense: paired, with"]
     out += ["its 95 % interval over photos; of several seeds of ours, over seeds (Student's t)."]
@@ -194,11 +205,16 @@ def _ours_cells(ours: Sequence[EvalReport]) -> list[str]:
     pair = ours[0].comparison
     half = 1.96 * pair.standard_error
     lost = over_seeds([one.comparison.difference for one in ours], (pair.difference - half, pair.difference + half))
-    ends = "" if lost.interval is None else f" ± {(lost.interval[1] - lost.interval[0]) / 2:.2f}"
+    half = math.nan if lost.interval is None else (lost.interval[1] - lost.interval[0]) / 2
     share, top1, top5 = (statistics.mean(getattr(one.reduced, key) for one in ours) for key in ("macs_share", "top1", "top5"))
     name = "ours" if len(ours) == 1 else f"ours, {len(ours)} seeds"
     paper = " / ".join(f"{value:.1f}" for value in PAPER_OURS[1])
-    return [name, paper, "all, dropped group by group", f"{share:.3f}x", cell(top1), f"{lost.value:+.2f}{ends}", cell(top5)]
+    return [name, paper, "all, dropped group by group", f"{share:.3f}x", cell(top1), _lost(lost.value, half), cell(top5)]
+
+
+def _lost(difference: float, half: float) -> str:
+    """A difference and half of its interval; of one photo there is none."""
+    return f"{difference:+.2f}" + (f" ± {half:.2f}" if math.isfinite(half) else "")
 
 
 def _papers_policy(label: str) -> str:
@@ -215,7 +231,8 @@ def _verdict(rows: dict[str, PolicyRow], ours: Sequence[EvalReport]) -> str:
     paper = [block for block, (_, accuracy, _) in PAPER_POLICIES.items() if accuracy > PAPER_OURS[1][1]]
     dropped, matched = (_ahead(top1, kind, own) for kind in ("30 % dropped", "at the cost of ours"))
     words = f"Ahead of ours ({own:.2f} %) with 30 % dropped: {_blocks(dropped)} (the paper: {_blocks(paper)}); {_same(dropped == paper)}."
-    return f"{words} At the cost of ours: {_blocks(matched)}."
+    lacking = [block for block in BLOCKS if not any(label.startswith(f"attention:{block},") for label in rows)]
+    return f"{words} At the cost of ours: {_blocks(matched)}.{_lacking(lacking)}"
 
 
 def _ahead(top1: dict[str, float], kind: str, own: float) -> list[int]:

@@ -22,8 +22,10 @@ class Trend:
     pairs: int
 
     @property
-    def holds(self) -> bool:
-        """Whether the claimed row is first in every figure."""
+    def holds(self) -> bool | None:
+        """Whether the claimed row is first in every figure; None where there is nothing to compare it with."""
+        if all(count == 1 for _, count in self.ranks.values()):
+            return None
         return all(place == 1 for place, _ in self.ranks.values())
 
     def record(self) -> dict[str, Any]:
