@@ -27,8 +27,9 @@ from iared2.evaluate.segment import MapRow, SegmentOptions
 from iared2.explain.memorability import MemNet
 from iared2.explain.methods import find_explainer
 from iared2.keep import Given
-from iared2.report.methods import tell_rows, without_name
+from iared2.report.methods import tell_rows
 from iared2.report.sheet import HEAD, SIDE, contact_sheet, heat_panels, kept_panels, square
+from iared2.report.tables import without_name
 from iared2.reproduce import hierarchy
 from iared2.reproduce.intervals import half_width
 from iared2.reproduce.maps import over_seeds

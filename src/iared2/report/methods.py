@@ -13,6 +13,7 @@ from iared2.evaluate.machine import describe_machine, versions
 from iared2.explain.methods import method_names
 from iared2.model import ReducedTransformer
 from iared2.report.screen import complain, screen
+from iared2.report.tables import without_name
 
 EVERY = "all"
 
@@ -87,14 +88,6 @@ class MethodRow(Protocol):
     def method(self) -> str: ...
     @property
     def why(self) -> str | None: ...
-
-
-def without_name(method: str, why: str) -> str:
-    """A reason that will stand behind its method's name: without that name, or its part before the colon, at the beginning."""
-    for name in (method, method.partition(":")[0]):
-        if why.startswith(f"{name}: "):
-            return why.removeprefix(f"{name}: ")
-    return why
 
 
 def tell_rows(table: str, where: str, rows: Sequence[MethodRow], skipped: dict[str, str]) -> int:

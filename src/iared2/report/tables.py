@@ -79,9 +79,17 @@ def slow_note(rows: Sequence[CostedRow]) -> list[str]:
     return ["", f"Slow methods ran on a fixed random subset of the images: {sizes}."] if sizes else []
 
 
+def without_name(method: str, why: str) -> str:
+    """A reason that will stand behind its method's name: without that name, or its part before the colon, at the beginning."""
+    for name in (method, method.partition(":")[0]):
+        if why.startswith(f"{name}: "):
+            return why.removeprefix(f"{name}: ")
+    return why
+
+
 def missing_note(rows: Sequence[CostedRow]) -> list[str]:
     """Which methods have no figures, and why; nothing where all have."""
-    found = [f"- {row.method}: {row.why}" for row in rows if row.why is not None]
+    found = [f"- {row.method}: {without_name(row.method, row.why)}" for row in rows if row.why is not None]
     return ["", "No figures:", "", *found] if found else []
 
 
@@ -115,5 +123,5 @@ def booktabs(note: str, columns: str, head: Sequence[str], body: Sequence[list[s
     """
     text = [f"% needs \\usepackage{{booktabs}}{note}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *head, r"\midrule"]
     text += [" & ".join([tex(cells[0]), *cells[1:]]) + r" \\" for cells in body]
-    text += [f"% {row.method}: {row.why}" for row in rows if row.why is not None]
+    text += [f"% {row.method}: {without_name(row.method, row.why)}" for row in rows if row.why is not None]
     return "\n".join([*text, r"\bottomrule", r"\end{tabular}"]) + "\n"

@@ -8,9 +8,8 @@ from iared2.data.masks import MaskedImages
 from iared2.evaluate.bootstrap import DRAWS
 from iared2.evaluate.segment import MapRow
 from iared2.model import ReducedTransformer
-from iared2.report.methods import without_name
 from iared2.report.segment import HEADINGS
-from iared2.report.tables import costs, lines
+from iared2.report.tables import costs, lines, without_name
 from iared2.reproduce.maps import NO_MEMNET, Figure, MapsBench, Seeds, command, facts, figures_of, map_rows
 from iared2.reproduce.runs import write_json
 from iared2.reproduce.trend import Trend, listed, places, trend

@@ -21,10 +21,9 @@ from iared2.evaluate.policies import Policies, PolicyRow, count_for, paper_count
 from iared2.evaluate.report import EvalReport
 from iared2.explain.methods import find_explainer
 from iared2.model import ReducedTransformer
-from iared2.report.methods import without_name
 from iared2.report.screen import progress
 from iared2.report.segment import HEADINGS
-from iared2.report.tables import cell, lines
+from iared2.report.tables import cell, lines, without_name
 from iared2.reproduce.maps import MapsBench, command, facts, figures_of, map_rows, over_seeds
 from iared2.reproduce.runs import read_json, write_json
 from iared2.reproduce.table1 import PAPERS, second_group
