@@ -49,7 +49,7 @@ def test_overrides_reach_nested_fields() -> None:
         ("redution.groups=2", "unknown setting 'redution'; did you mean 'reduction'?"),
         ("data.batch_size=0", "data.batch_size: Input should be greater than 0 (got 0)"),
         ("data.batch_size=many", "data.batch_size: Input should be a valid integer"),
-        ("reduction.on_drop=throw", "reduction.on_drop: Input should be 'discard' or 'merge' (got 'throw')"),
+        ("reduction.on_drop=throw", "reduction.on_drop: Input should be 'discard', 'merge' or 'fuse' (got 'throw')"),
         ("reduction.warm_start_epochs=1", "warm_start_ratios: got 0, wanted one for each of 3 groups"),
         ("nonsense", "wanted section.field=value"),
         ("dense.epochs=2", "'dense' is None in this recipe and has no fields to set"),
