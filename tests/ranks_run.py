@@ -1,4 +1,4 @@
-"""Small stages as a script for one or several processes: `torchrun --nproc-per-node 2 ranks_run.py FOLDER NAME...`.
+"""Small stages as a script for one or several processes: `torchrun --nproc-per-node 2 ranks_run.py FOLDER [--fsdp] [--bf16] NAME...`.
 
 Tests compare what it leaves, `FOLDER/NAME/model.safetensors`, between numbers of processes, and kill one on the way.
 """
@@ -14,7 +14,8 @@ import iared2  # noqa: F401 - first: see iared2/_compat.py
 
 # isort: split
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -108,10 +109,22 @@ def run(name: str, folder: Path, accelerator: Accelerator) -> None:
         save_file({key: value.detach().contiguous() for key, value in model.state_dict().items()}, folder / name / "model.safetensors")
 
 
+def divided(accelerator: Accelerator) -> Accelerator:
+    """Accelerate takes FSDP for accelerators alone; over gloo on CPUs the rest of it is the same code."""
+    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="SIZE_BASED_WRAP", min_num_params=100)
+    if accelerator.mixed_precision != "no":
+        accelerator.state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
+    return accelerator
+
+
 def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
-    accelerator = open_accelerator("cpu", "no")
-    for name in names:
+    options = {name for name in names if name.startswith("--")}
+    accelerator = open_accelerator("cpu", "bf16" if "--bf16" in options else "no")
+    if "--fsdp" in options:
+        accelerator = divided(accelerator)
+    for name in [name for name in names if name not in options]:
         run(name, folder, accelerator)
     accelerator.end_training()
     if torch.distributed.is_initialized():

@@ -23,8 +23,8 @@ SCRIPT = Path(ranks_run.__file__)
 LIMIT = 240  # seconds; a process that waits for another must not hold up the tests
 
 
-def torchrun(*arguments: object, processes: int = 2, restarts: int = 0) -> str:
-    """Runs the script under torchrun, alone in its process group; gives what it said."""
+def torchrun(*arguments: object, processes: int = 2, restarts: int = 0, dies: bool = False) -> str:
+    """Runs the script under torchrun, alone in its process group; gives what it said. `dies`: it must fail."""
     paths = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1] / "src"), os.environ.get("PYTHONPATH", "")])
     # torchrun of torch 2.13 offers restarted processes the addresses of dead ones, unless its store is not shared (pytorch issue 135712).
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -52,7 +52,7 @@ def torchrun(*arguments: object, processes: int = 2, restarts: int = 0) -> str:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    assert process.returncode == 0, said[-3000:]
+    assert (process.returncode != 0) == dies, said[-3000:]
     return said
 
 
@@ -61,6 +61,14 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes leave; the last run kills one of them on the way."""
     folder = tmp_path_factory.mktemp("two")
     torchrun(folder, *ranks_run.NAMES, "killed", restarts=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave that each hold a part of what is trained (FSDP); the last run kills one of them on the way."""
+    folder = tmp_path_factory.mktemp("divided")
+    torchrun(folder, "--fsdp", *ranks_run.NAMES, "killed", restarts=1)
     return folder
 
 
@@ -75,21 +83,40 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     AcceleratorState._reset_state(True)
 
 
+@pytest.mark.parametrize("several", ["two", "divided"])
 @pytest.mark.parametrize("name", ranks_run.NAMES)
-def test_two_processes_train_what_one_trains(name: str, one: Path, two: Path) -> None:
+def test_two_processes_train_what_one_trains(name: str, several: str, one: Path, request: pytest.FixtureRequest) -> None:
     first = ranks_run.fresh(name).state_dict()
-    alone, shared = (load_file(folder / name / "model.safetensors") for folder in (one, two))
+    alone, shared = (load_file(folder / name / "model.safetensors") for folder in (one, request.getfixturevalue(several)))
     moved = max(float((alone[key] - first[key]).abs().max()) for key in alone)
     apart = max(float((alone[key] - shared[key]).abs().max()) for key in alone)
     assert moved > 0.02
     assert apart < 1e-5, f"{apart:.2g} apart after moving {moved:.2g}"
 
 
-def test_a_killed_process_resumes_mid_epoch_and_changes_no_bit(two: Path) -> None:
-    undisturbed, killed = (load_file(two / name / "model.safetensors") for name in ("interpreter", "killed"))
-    passes = set((two / "passes.txt").read_text().splitlines())
+@pytest.mark.parametrize("several", ["two", "divided"])
+def test_a_killed_process_resumes_mid_epoch_and_changes_no_bit(several: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(several)
+    undisturbed, killed = (load_file(folder / name / "model.safetensors") for name in ("interpreter", "killed"))
+    passes = set((folder / "passes.txt").read_text().splitlines())
     assert {"rank 0 epoch 1 from 2", "rank 1 epoch 1 from 2"} <= passes, passes  # the checkpoint of step 8
     assert all(torch.equal(undisturbed[key], killed[key]) for key in undisturbed)
+
+
+def test_one_process_goes_on_where_two_with_a_part_each_stopped(one: Path, tmp_path: Path) -> None:
+    torchrun(tmp_path, "--fsdp", "killed", dies=True)
+    ranks_run.main(tmp_path, ["killed"])
+    assert (tmp_path / "passes.txt").read_text().splitlines()[-1] == "rank 0 epoch 1 from 2"
+    alone, shared = load_file(one / "interpreter" / "model.safetensors"), load_file(tmp_path / "killed" / "model.safetensors")
+    assert max(float((alone[key] - shared[key]).abs().max()) for key in alone) < 1e-5
+
+
+def test_bfloat16_with_a_part_each_is_bfloat16_with_the_whole_on_each(tmp_path: Path) -> None:
+    for folder, options in (("two", ["--bf16"]), ("divided", ["--bf16", "--fsdp"])):
+        (tmp_path / folder).mkdir()
+        torchrun(tmp_path / folder, *options, "blocks")
+    whole, parts = (load_file(tmp_path / folder / "blocks" / "model.safetensors") for folder in ("two", "divided"))
+    assert max(float((whole[key] - parts[key]).abs().max()) for key in whole) < 1e-5
 
 
 @pytest.mark.parametrize("world", [2, 3])

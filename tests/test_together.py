@@ -14,9 +14,11 @@ from iared2.interpreter import InterpreterConfig
 from iared2.keep import Given, TopK
 from iared2.reducers.baselines import AttentionReducer, RandomReducer, ToMeReducer, with_reducers
 from iared2.seeds import draws_of_batch
+from iared2.train.budget import _stages
 from iared2.train.evidence import dense_evidence
+from iared2.train.feeds import Feeds
 from iared2.train.together import DistilTask, ImitationTask, Memory, WalkTask, repeat, share_loss
-from iared2.train.together_settings import WalkSettings
+from iared2.train.together_settings import TogetherSettings, WalkSettings
 from iared2.worth import WorthConfig
 
 
@@ -132,6 +134,26 @@ def test_memory_holds_what_is_computed_anew():
     assert remembering.remembers and not fresh.remembers
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-2, atol=1e-3)
     assert torch.equal(found[1], wanted[1])
+
+
+def test_blurred_evidence_is_imitated_where_asked_for():
+    reduced, data = model(), batch()
+    plain, _ = ImitationTask(reduced, (0.5,) * 3, None).dense(data)
+    found, _ = ImitationTask(reduced, (0.5,) * 3, None, blur=1.0).dense(data)
+    grid = reduced.adapter.grid(*data["images"].shape[-2:])
+    middle = (grid[0] // 2, grid[1] // 2)
+    # A Gaussian of one patch: a patch's own weight is 0.399 squared, a neighbour's 0.399 x 0.242, by definition.
+    weights = torch.exp(-torch.arange(-3.0, 4).square() / 2)
+    weights = (weights / weights.sum()).tolist()
+    slow = torch.zeros(found.shape[:2])
+    for down in range(-3, 4):
+        for across in range(-3, 4):
+            row, column = middle[0] + down, middle[1] + across
+            if 0 <= row < grid[0] and 0 <= column < grid[1]:
+                slow += weights[down + 3] * weights[across + 3] * plain.view(*plain.shape[:2], *grid)[:, :, row, column]
+    torch.testing.assert_close(found.view(*found.shape[:2], *grid)[:, :, middle[0], middle[1]], slow)
+    stages = _stages(TogetherSettings(blur=1.5), reduced, Feeds(SameBatch(data), None), 0.5, (0.5,) * 3)
+    assert stages[0].task.blur == 1.5
 
 
 def test_walks_are_an_unbiased_estimate_of_the_rewards_gradient(monkeypatch):

@@ -22,6 +22,7 @@ from iared2.keep import Threshold
 from iared2.model import reduce
 from iared2.reducers.iared2 import Judged
 from iared2.reward import EstimatorConfig, RewardConfig
+from iared2.tokens.grid import smoothed
 from iared2.tokens.packed import scatter_places
 from iared2.train.checkpoint import Place, latest_checkpoint, save_checkpoint
 from iared2.train.feeds import Feeds
@@ -29,7 +30,7 @@ from iared2.train.optim import OptimSettings, schedule_factor
 from iared2.train.run import _train_reduction, build_stage
 from iared2.train.tasks import BlocksTask, InterpreterTask
 from iared2.train.trainer import RunSettings, Stage, Task, Trainer
-from iared2.train.warm_start import WarmStartTask, mass_evidence, smoothed
+from iared2.train.warm_start import WarmStartTask, mass_evidence
 
 SCRIPT = Path(tiny_run.__file__)
 

@@ -5,6 +5,7 @@ import resource
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import iared2  # noqa: F401 - first: see iared2/_compat.py
 
@@ -108,9 +109,19 @@ def test_the_named_gpu_becomes_the_current_one_and_accelerate_must_agree(monkeyp
     assert chosen == [torch.device("cuda:1")]
 
 
-def test_sharded_weights_are_refused_before_a_checkpoint_of_one_part_is_written(train, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _: DistributedType.FSDP))
-    refused(train("--device", "cpu"), "accelerate: got FSDP", "unset ACCELERATE_USE_FSDP")
+@pytest.mark.parametrize(
+    ("kind", "version", "lines"),
+    [
+        (DistributedType.DEEPSPEED, None, ("accelerate: got DEEPSPEED", "unset ACCELERATE_USE_DEEPSPEED")),
+        (DistributedType.FSDP, 1, ("accelerate: got FSDP version 1, wanted 2", "set FSDP_VERSION=2")),
+    ],
+)
+def test_weights_divided_in_a_way_that_checkpoints_do_not_hold_are_refused(
+    kind: DistributedType, version: int | None, lines: tuple[str, ...], train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _: kind))
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", SimpleNamespace(fsdp_version=version), raising=False)
+    refused(train("--device", "cpu"), *lines)
 
 
 def test_fp16_on_a_cpu_is_refused(train) -> None:

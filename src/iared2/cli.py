@@ -161,7 +161,7 @@ def explain(
         return _list_methods()
     if output is None:
         raise ConfigError("--output: nothing was given; name a folder for the results with -o OUT")
-    methods = check_names([name.strip() for name in method.split(",") if name.strip()])
+    methods = check_names([name.strip() for name in method.split(",") if name.strip()], "--method")
     paths, failed = find_pictures(photos or [])
     if not paths:
         nothing = "--photos: nothing was given; name photos, a folder or a pattern"

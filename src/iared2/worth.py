@@ -36,8 +36,9 @@ class Worth(nn.Module):
     def __init__(self, config: WorthConfig) -> None:
         super().__init__()
         self.config = config
-        self.redundancy = nn.Parameter(torch.tensor(config.redundancy))
-        self.offset = nn.Parameter(torch.tensor(0.0))
+        # One element each, not none: FSDP divides no parameters without dimensions.
+        self.redundancy = nn.Parameter(torch.tensor([config.redundancy]))
+        self.offset = nn.Parameter(torch.zeros(1))
 
     @property
     def compares(self) -> bool:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torchmetrics.functional.classification import binary_stat_scores
 
 from iared2.errors import ConfigError
 from iared2.evaluate.bootstrap import DRAWS, interval, resamples
@@ -29,6 +30,7 @@ from iared2.tokens.grid import to_pixels
 
 FIGURES = ("pixel_accuracy", "miou", "map", "macc", "pointing", "mass")
 COLUMNS = ("true object", "false object", "false background", "true background", "map", "pointing", "mass")
+_IGNORED = -1  # what torchmetrics is told not to count
 
 
 @dataclass(frozen=True)
@@ -103,19 +105,24 @@ def score_maps(
     size = (mask_BHW.shape[1], mask_BHW.shape[2])
     unit_BHW = stretch(map_Bhw, size)
     object_BHW = unit_BHW > unit_BHW.double().mean((1, 2), keepdim=True)
-    parts = [
-        object_BHW & mask_BHW & counts_BHW,
-        object_BHW & ~mask_BHW & counts_BHW,
-        ~object_BHW & mask_BHW & counts_BHW,
-        ~object_BHW & ~mask_BHW & counts_BHW,
-    ]
-    columns = [part.sum((1, 2)).double() for part in parts]
     unit_BP, mask_BP, counts_BP = unit_BHW.flatten(1), mask_BHW.flatten(1), counts_BHW.flatten(1)
     two_B2P = torch.cat([1 - unit_BP, unit_BP], dim=1), torch.cat([~mask_BP, mask_BP], dim=1), torch.cat([counts_BP, counts_BP], dim=1)
+    columns = list(stat_scores(object_BHW.flatten(1), mask_BP, counts_BP).unbind(1))
     columns.append(average_precision(*two_B2P))
     columns.append(pointing(unit_BP, mask_BP, counts_BP))
     columns.append(mass_inside(to_pixels(map_Bhw.double(), size).flatten(1), mask_BP, counts_BP))
     return MapScores(torch.stack(columns, dim=1))
+
+
+def stat_scores(object_BP: Bool[Tensor, "B P"], mask_BP: Bool[Tensor, "B P"], counts_BP: Bool[Tensor, "B P"]) -> Float[Tensor, "B 4"]:
+    """How many elements of each row are truly and falsely on the object, falsely and truly off it; counted by torchmetrics."""
+    if len(mask_BP) == 1:  # torchmetrics 1.9 loses the axis of a batch of one
+        return stat_scores(*(rows.expand(2, -1) for rows in (object_BP, mask_BP, counts_BP)))[:1]
+    target_BP = mask_BP.long().masked_fill(~counts_BP, _IGNORED)
+    found_B5 = binary_stat_scores(
+        object_BP.long(), target_BP, multidim_average="samplewise", ignore_index=_IGNORED, validate_args=False
+    )  # true and false positives, true and false negatives, and their sum
+    return found_B5[:, [0, 1, 3, 2]].double()
 
 
 def stretch(map_Bhw: Float[Tensor, "B h w"], size: tuple[int, int]) -> Float[Tensor, "B H W"]:

@@ -3,6 +3,7 @@
 Ours explain the reduced model and cost less than one dense pass; all others explain the dense backbone inside it.
 """
 
+import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,7 @@ from iared2.explain.dense import check_target, dense_pass
 from iared2.explain.memorability import load_memnet, memorability
 from iared2.model import ReducedTransformer
 from iared2.seeds import generator
-from iared2.settings import unknown_key
-from iared2.tokens.grid import SIGMA, to_map
+from iared2.tokens.grid import gaussian, to_map
 
 Maps = Float[Tensor, "B h w"]
 Target = Int[Tensor, " B"] | None
@@ -125,16 +125,17 @@ def find_explainer(name: str, model: ReducedTransformer, seed: int = 0) -> Expla
     return Explainer(name, method.forwards, method.slow, model, method.make(model, detail, seed))
 
 
-def check_names(names: Sequence[str]) -> tuple[str, ...]:
-    """The names, each once, before a model is there to try them on.
+def check_names(names: Sequence[str], option: str = "method") -> tuple[str, ...]:
+    """The names, each once, before a model is there to try them on; details behind colons are checked where it is.
 
     Raises:
         ConfigError: one is unknown (answered with the nearest right one).
     """
     for name in names:
-        stem = name.partition(":")[0]
-        if stem not in METHODS:
-            raise ConfigError(unknown_key(stem, list(METHODS)).replace("setting", "method"))
+        if (stem := name.partition(":")[0]) not in METHODS:
+            near = difflib.get_close_matches(stem, METHODS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? Known" if near else "known"
+            raise ConfigError(f"{option}: got {name!r}, which is no method; {hint}: {', '.join(METHODS)}")
     return tuple(dict.fromkeys(names))
 
 
@@ -289,12 +290,6 @@ def _constant(value: Callable[[int, int], Tensor]) -> Callable[[ReducedTransform
     return make
 
 
-def _gaussian(height: int, width: int) -> Tensor:
-    """Centres of the outermost pixels count as half a side away from the middle."""
-    down, across = torch.linspace(-0.5, 0.5, height)[:, None], torch.linspace(-0.5, 0.5, width)[None, :]
-    return torch.exp(-(down.square() + across.square()) / (2 * SIGMA**2))
-
-
 def _memorability(model: ReducedTransformer, detail: str, seed: int) -> Run:
     net = load_memnet(detail)
 
@@ -336,6 +331,6 @@ METHODS: dict[str, Method] = {
     "lime": Method("LIME, 200 draws over 7 x 7 cells (captum)", _drawn(perturbing.lime), 201.0, slow=True),
     "memorability": Method("MemNet's memorability; weights not included", _memorability, detail="FILE"),
     "random": Method("chance", _random, 0.0),
-    "gaussian": Method("a centred Gaussian, a quarter of the side wide", _constant(_gaussian), 0.0),
+    "gaussian": Method("a centred Gaussian, a quarter of the side wide", _constant(gaussian), 0.0),
     "background": Method("a map that is the same everywhere", _constant(torch.ones), 0.0),
 }

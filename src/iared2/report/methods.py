@@ -1,6 +1,5 @@
 """Commands that set methods side by side: which methods, how many pictures, and what the screen says at the end."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from iared2.errors import ConfigError
 from iared2.evaluate.bootstrap import DRAWS
 from iared2.evaluate.classify import eval_preprocess
 from iared2.evaluate.machine import describe_machine, versions
-from iared2.explain.methods import method_names
+from iared2.explain.methods import check_names, method_names
 from iared2.model import ReducedTransformer
 from iared2.report.screen import complain, screen
 from iared2.report.tables import without_name
@@ -24,18 +23,10 @@ def choose_methods(text: str) -> list[str]:
     Raises:
         ConfigError: no name, or one that does not exist; the message has the nearest one that does.
     """
-    known = method_names()
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise ConfigError(f"--methods: got none; wanted names separated by commas, of {', '.join(known)}; or {EVERY}")
-    if names == [EVERY]:
-        return known
-    for name in names:
-        if name.partition(":")[0] not in known:  # a detail is checked where the model is
-            near = difflib.get_close_matches(name, [*known, EVERY], n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}? Known" if near else "known"
-            raise ConfigError(f"--methods: got {name!r}, which is no method; {hint}: {', '.join(known)}")
-    return names
+        raise ConfigError(f"--methods: got none; wanted names separated by commas, of {', '.join(method_names())}; or {EVERY}")
+    return method_names() if names == [EVERY] else list(check_names(names, "--methods"))
 
 
 def check_limits(limit: int | None, slow_limit: int) -> None:

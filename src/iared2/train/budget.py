@@ -109,7 +109,7 @@ def _stages(settings: TogetherSettings, model: ReducedTransformer, feeds: Feeds,
             continue
         task: Task
         if name == "imitation":
-            task = ImitationTask(model, ratios, memory, settings.against)
+            task = ImitationTask(model, ratios, memory, settings.against, settings.blur)
         elif name == "walks":
             task = WalkTask(model, settings.walk, memory, share)
         else:

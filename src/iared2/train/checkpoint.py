@@ -4,10 +4,11 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -82,8 +83,11 @@ def latest_checkpoint(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, place: Place, fingerprint: str) -> Path:
+def save_checkpoint(run: Path, model: nn.Module, optimizer: dict[str, Any] | None, place: Place, fingerprint: str) -> Path:
     """Writes one checkpoint and removes older ones, never leaving the run without a whole one.
+
+    Args:
+        optimizer: its state, as one process would have it.
 
     Raises:
         TrainingError: the disk is full or may not be written to; the checkpoint before this one stays.
@@ -97,7 +101,7 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
         raise TrainingError(f"{run}: a checkpoint cannot be written ({reason}); free some space and give the command again") from None
 
 
-def _save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, place: Place, fingerprint: str) -> Path:
+def _save(run: Path, model: nn.Module, optimizer: dict[str, Any] | None, place: Place, fingerprint: str) -> Path:
     parent = run / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
     target = parent / f"stage{place.stage:02d}-step{place.step:08d}"
@@ -106,7 +110,7 @@ def _save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
     partial.mkdir()
     save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, partial / "model.safetensors")
     if optimizer is not None:
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        torch.save(optimizer, partial / "optimizer.pt")
     (partial / "place.json").write_text(json.dumps({"schema": SCHEMA, "fingerprint": fingerprint, "place": asdict(place)}))
     _sync(partial)
     older = [path for path in parent.iterdir() if path not in (partial, target)]
@@ -130,15 +134,21 @@ def load_weights(checkpoint: Path, model: nn.Module, fingerprint: str) -> Place:
     return place
 
 
-def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Puts a checkpoint's optimiser state into `optimizer`.
+def load_optimizer_state(
+    checkpoint: Path,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    divide: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> None:
+    """Puts a checkpoint's optimiser state into `optimizer`, through `divide` where a process holds a part of it.
 
     Raises:
         TrainingError: the state is missing or damaged.
     """
     with _whole(checkpoint):
         place = "cpu" if device.type == "cpu" else device  # Accelerate calls the CPU of one of several processes cpu:0, torch.load cpu
-        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=place, weights_only=True))
+        state = torch.load(checkpoint / "optimizer.pt", map_location=place, weights_only=True)
+        optimizer.load_state_dict(state if divide is None else divide(state))
 
 
 def _sync(folder: Path) -> None:

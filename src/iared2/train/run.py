@@ -15,7 +15,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import save_file
 from torch import nn
 
@@ -32,6 +32,7 @@ from iared2.train.dense import DenseTask, held_out_accuracy
 from iared2.train.evaluation import held_out
 from iared2.train.feeds import Feeds, open_feeds
 from iared2.train.gumbel import GumbelTask
+from iared2.train.learner import refuse_what_cannot_be_resumed
 from iared2.train.recipes import DenseSettings, Recipe, ReductionSettings, find_recipe
 from iared2.train.tasks import BlocksTask, InterpreterTask
 from iared2.train.teacher import with_teacher
@@ -42,7 +43,6 @@ from iared2.train.warm_start import WarmStartTask
 logger = logging.getLogger("iared2.train")
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # a dtype on the command line, and what recipes call it
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,7 @@ def open_accelerator(device: str, precision: str) -> Accelerator:
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"precision: got {precision!r} on {place.type}, which cannot be had ({reason}); try --dtype float32") from None
-    if accelerator.distributed_type in _SHARDED:  # a checkpoint would hold the main process's part of the weights, without a word
-        got, wanted = accelerator.distributed_type.value, "one process, or several that each hold the whole model"
-        raise ConfigError(f"accelerate: got {got}, which cannot be resumed here, wanted {wanted}; unset ACCELERATE_USE_{got}")
+    refuse_what_cannot_be_resumed(accelerator)
     if accelerator.device.type != place.type:
         raise ConfigError(f"device: got {device!r}, but Accelerate is set to {accelerator.device.type}; look at its ACCELERATE_* variables")
     return accelerator

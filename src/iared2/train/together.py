@@ -19,6 +19,7 @@ from iared2.keep import Sampled
 from iared2.model import ReducedTransformer
 from iared2.reward import EstimatorConfig, advantages, entropy, log_probability
 from iared2.runtime import mean_of_all, mean_over_ranks
+from iared2.tokens.grid import smoothed
 from iared2.tokens.packed import scatter_places, sum_of_patches
 from iared2.train.evidence import dense_evidence
 from iared2.train.tasks import GroupTask, join_states, split_state
@@ -39,6 +40,9 @@ class Memory:
     evidence: dict[int, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
 
+    def __deepcopy__(self, memo: dict) -> "Memory":
+        return self  # what holds for the whole run holds for a copy of its task
+
     def outputs_of(self, indices: Sequence[int]) -> Tensor | None:
         """The dense model's outputs for these pictures, if all of them are known."""
         known = all(index in self.outputs for index in indices)
@@ -51,11 +55,12 @@ class TogetherTask(Task):
     Args:
         memory: shared by the stages of a run; None where pictures are augmented, and so never the same.
         against: how much evidence against the predicted class counts.
+        blur: a patch counts by the evidence around it as well: standard deviation in patches of a Gaussian blur.
     """
 
-    def __init__(self, model: ReducedTransformer, memory: Memory | None, against: float = 0.3) -> None:
+    def __init__(self, model: ReducedTransformer, memory: Memory | None, against: float = 0.3, blur: float = 0.0) -> None:
         super().__init__()
-        self.model, self.against = model, against
+        self.model, self.against, self.blur = model, against, blur
         self._memory = memory
 
     def begin(self) -> None:
@@ -77,7 +82,8 @@ class TogetherTask(Task):
         evidence, output = dense_evidence(self.model, batch["images"])
         first = 1 if self.model.config.place == "between" else 0  # the block's own attention has run by then
         blocks = [min(block + first, self.model.adapter.depth - 1) for block in self.model.config.first_blocks]
-        found = torch.stack([evidence.from_block(block, self.against) for block in blocks])
+        grid = self.model.adapter.grid(batch["images"].shape[-2], batch["images"].shape[-1])
+        found = torch.stack([smoothed(evidence.from_block(block, self.against), grid, self.blur) for block in blocks])
         if memory is not None:
             # bfloat16 has the range of evidence; outputs are rewarded by their last digits.
             memory.evidence.update(zip(indices, found.bfloat16().unbind(1), strict=True))
@@ -93,8 +99,10 @@ class ImitationTask(TogetherTask):
     average over pictures; chances are moved so that their threshold leaves that much.
     """
 
-    def __init__(self, model: ReducedTransformer, ratios: Sequence[float], memory: Memory | None, against: float = 0.3) -> None:
-        super().__init__(model, memory, against)
+    def __init__(
+        self, model: ReducedTransformer, ratios: Sequence[float], memory: Memory | None, against: float = 0.3, blur: float = 0.0
+    ) -> None:
+        super().__init__(model, memory, against, blur)
         self.ratios = tuple(ratios)
 
     def begin(self) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from iared2.errors import TrainingError
 from iared2.runtime import mean_over_ranks
 from iared2.seeds import draws_of_batch, seed_all
-from iared2.train.checkpoint import Place, latest_checkpoint, load_optimizer, load_weights, save_checkpoint
+from iared2.train.checkpoint import Place, latest_checkpoint, load_weights, save_checkpoint
+from iared2.train.learner import Learner, whole
 from iared2.train.logs import StageLog
 from iared2.train.optim import OptimSettings, build_optimizer, schedule_factor, set_rate
 
@@ -129,34 +130,38 @@ class Trainer:
         stage.task.begin()
         if start == 0:
             stage.task.first_look(stage.batches)
-        optimizer = build_optimizer(stage.task, stage.optim, stage.batches.batch_size * world)
-        task, optimizer = accelerator.prepare(stage.task, optimizer)
-        if checkpoint is not None:
-            load_optimizer(checkpoint, optimizer, accelerator.device)
         if stage.task.remembers:
             self._look_back(stage, start, per_epoch)
+        batch_size = stage.batches.batch_size * world
+        learner = Learner(stage.task, lambda task: build_optimizer(task, stage.optim, batch_size), accelerator)
+        if checkpoint is not None:
+            learner.load_optimizer(checkpoint)
         log = StageLog(self.settings.folder, stage.name, start, total, accelerator.is_main_process)
         step = start
         with log:
             for epoch in range(start // per_epoch, stage.epochs):
-                stage.task.begin_epoch(epoch)
+                learner.task.begin_epoch(epoch)
                 first = step - epoch * per_epoch
                 for batch in stage.batches.epoch(epoch, first, accelerator.process_index, world):
-                    set_rate(optimizer.param_groups, schedule_factor(stage.optim, step, total))
+                    set_rate(learner.optimizer.param_groups, schedule_factor(stage.optim, step, total))
                     seed_all(self.settings.seed, index, step, accelerator.process_index)
                     with draws_of_batch(
                         self.settings.seed, index, step, rank=accelerator.process_index, world=world, device=accelerator.device
                     ):
-                        logs = self._step(task, optimizer, stage, batch, step)
+                        logs = self._step(learner, stage, batch, step)
                     step += 1
                     images = len(batch["labels"]) * world
-                    log.step(step, images, epoch + 1, optimizer.param_groups[0]["lr"], logs, self.settings.log_every)
+                    log.step(step, images, epoch + 1, learner.optimizer.param_groups[0]["lr"], logs, self.settings.log_every)
                     if step % self.settings.checkpoint_every == 0 and step < total:
-                        self._save(stage, step, Place(stage=index, step=step), optimizer)
+                        self._save(stage, step, Place(stage=index, step=step), learner)
                 due = (epoch + 1) % max(1, stage.epochs // 5) == 0 or epoch + 1 == stage.epochs
-                if stage.evaluate is not None and due and accelerator.is_main_process:
+                if stage.evaluate is None or not due:
+                    continue
+                learner.collect()
+                if accelerator.is_main_process:
                     log.evaluation(step, epoch + 1, stage.evaluate())
                     stage.task.begin()  # an evaluation may have left eval mode behind
+        learner.collect()
         accelerator.free_memory()
         return total
 
@@ -171,17 +176,16 @@ class Trainer:
     def _here(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
 
-    def _step(
-        self, task: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage, batch: dict[str, Tensor], step: int
-    ) -> dict[str, Tensor]:
+    def _step(self, learner: Learner[Task], stage: Stage, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        optimizer = learner.optimizer
         try:
-            logs = task(self._here(batch))
+            logs = learner(self._here(batch))
         except FloatingPointError as error:
             raise self._not_finite(stage, step, str(error)) from None
         self.accelerator.backward(logs["loss"])
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = stage.optim.clip_norm if stage.optim.clip_norm is not None else float("inf")
-        norm = self.accelerator.clip_grad_norm_(parameters, limit)
+        norm = whole(self.accelerator.clip_grad_norm_(parameters, limit))
         # After the all-reduce every rank sees the same norm, so all ranks stop together.
         if norm is not None and not torch.isfinite(norm):
             self._skipped += 1
@@ -207,10 +211,14 @@ class Trainer:
             f"the last good checkpoint stays in {self.settings.folder}. Lower the learning rate or train in fp32"
         )
 
-    def _save(self, stage: Stage, step: int, place: Place, optimizer: torch.optim.Optimizer | None) -> None:
+    def _save(self, stage: Stage, step: int, place: Place, learner: Learner[Task] | None) -> None:
+        state = None
+        if learner is not None:
+            learner.collect()
+            state = learner.optimizer_state()
         # On every rank, so that all of them stop; a step's gradient may be finite and what it makes of the weights not.
         if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
             raise self._not_finite(stage, step, "the weights are not finite")
         if self.accelerator.is_main_process:
-            save_checkpoint(self.settings.folder, self.model, optimizer, place, self.settings.fingerprint)
+            save_checkpoint(self.settings.folder, self.model, state, place, self.settings.fingerprint)
         self.accelerator.wait_for_everyone()

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from iared2.keep import share_of
 from iared2.model import ReducedTransformer
 from iared2.runtime import mean_of_all, mean_over_ranks
+from iared2.tokens.grid import smoothed
 from iared2.tokens.packed import join, scatter_places
 from iared2.train.evidence import gain_of
 from iared2.train.tasks import GroupTask, ScoringTask
@@ -90,18 +91,6 @@ class WarmStartTask(ScoringTask):
         if self._states is not None:
             self._evidence.update(zip(indices, found_BN, strict=True))
         return found_BN
-
-
-def smoothed(map_BN: Float[Tensor, "B N"], grid: tuple[int, ...], deviation: float) -> Float[Tensor, "B N"]:
-    """A Gaussian blur of maps on a grid of two axes, `deviation` in patches; zero lies outside. 0 changes nothing."""
-    if deviation <= 0:
-        return map_BN
-    radius = max(1, round(3 * deviation))
-    kernel = torch.exp(-torch.arange(-radius, radius + 1, device=map_BN.device).square() / (2 * deviation**2)).to(map_BN.dtype)
-    kernel = kernel / kernel.sum()
-    map_B1hw = map_BN.view(-1, 1, *grid)
-    across = F.conv2d(map_B1hw, kernel.view(1, 1, 1, -1), padding=(0, radius))
-    return F.conv2d(across, kernel.view(1, 1, -1, 1), padding=(radius, 0)).flatten(1)
 
 
 def mass_evidence(task: GroupTask, state: State) -> Float[Tensor, " T"]:
