@@ -12,7 +12,7 @@ from iared2.data.arrays import ImageArrays, Preprocess
 from iared2.errors import DataError, WeightsError
 from iared2.evaluate.boxes import gaussian, inside, score_boxes
 from iared2.golden import FILE, check_golden, golden_images
-from iared2.saving import load_reduced
+from iared2.saving import load_reduced, sha256
 
 LIMITS = {"iared2_mini_patch8_96": 12_000_000, "deit_tiny_patch16_224": 1_000_000}
 
@@ -23,8 +23,10 @@ def test_embedded_models_are_small_and_carry_a_card(name):
     assert sum(path.stat().st_size for path in folder.iterdir()) <= LIMITS[name]
     card, config = (folder / "README.md").read_text(), json.loads((folder / "config.json").read_text())
     assert f"{config['metrics']['top1']:.2f} %" in card and f"{config['metrics']['dense_top1']:.2f} %" in card
-    for word in ("## Training", "## Limits", "SHA-256", '"seed"'):
+    for word in (f"`{name}`", "## Training", "## Limits", "SHA-256", '"seed"'):
         assert word in card
+    for path in folder.glob("*.safetensors"):
+        assert f"| {path.name} | {path.stat().st_size} | `{sha256(path)}` |" in card
 
 
 def test_the_default_model_agrees_with_its_golden_tensors():
