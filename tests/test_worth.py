@@ -13,14 +13,14 @@ from iared2.interpreter import InterpreterConfig, relative_log
 from iared2.similarity import compare, nearest_better
 from iared2.tokens.attention import class_logits
 from iared2.tokens.padded import one_bucket
-from iared2.worth import Worth, WorthConfig, relevance
+from iared2.worth import Worth, WorthConfig
 from packs import make_pack, rows_of, seeds, some_places
 
 images = st.lists(some_places, min_size=1, max_size=4)
 
 
-def worth(redundancy: float = 0.7, offset: float = -0.4, steepness: float = 2.5) -> Worth:
-    module = Worth(WorthConfig(redundancy=redundancy, steepness=steepness)).double()
+def worth(redundancy: float = 0.7, offset: float = -0.4, steepness: float = 2.5, mass: bool = True) -> Worth:
+    module = Worth(WorthConfig(redundancy=redundancy, steepness=steepness, mass=mass)).double()
     module.offset.data.fill_(offset)
     return module
 
@@ -28,22 +28,22 @@ def worth(redundancy: float = 0.7, offset: float = -0.4, steepness: float = 2.5)
 def chances(module: Worth, score_T: torch.Tensor, tokens, feature_TF: torch.Tensor | None = None) -> torch.Tensor:
     """Chances by cosines of features, or of the tokens themselves."""
     features = tokens.x_TD if feature_TF is None else feature_TF
-    return module(score_T, tokens, compare(features, tokens.layout, relevance(score_T, tokens).detach()))
+    return module(score_T, tokens, compare(features, tokens.layout, module.relevance(score_T, tokens).detach()))
 
 
-@given(images, seeds, st.booleans())
+@given(images, seeds, st.booleans(), st.booleans())
 @settings(deadline=None)
-def test_chances_are_the_oracles(kept, seed, weighed):
+def test_chances_are_the_oracles(kept, seed, weighed, counted):
     tokens = make_pack(kept, prefix=2, width=5, seed=seed)
     draw = torch.Generator().manual_seed(seed)
     score_T = torch.rand(len(tokens.x_TD), dtype=torch.float64, generator=draw) * 0.9 + 0.05
     feature_TF = torch.randn(len(tokens.x_TD), 6, dtype=torch.float64, generator=draw)
     if weighed:
         tokens = type(tokens)(tokens.x_TD, tokens.layout, torch.randint(1, 9, score_T.shape, generator=draw).double())
-    chance_T = chances(worth(), score_T, tokens, feature_TF)
+    chance_T = chances(worth(mass=counted), score_T, tokens, feature_TF)
     for rows in rows_of(tokens.layout):
         patches = rows[2:]
-        mass = [1.0] * len(patches) if tokens.mass_T is None else tokens.mass_T[patches].tolist()
+        mass = [1.0] * len(patches) if tokens.mass_T is None or not counted else tokens.mass_T[patches].tolist()
         wanted = oracle.chances(score_T[patches], mass, feature_TF[patches], (0.7, -0.4, 2.5))
         assert chance_T[patches].tolist() == pytest.approx(wanted, rel=1e-7, abs=1e-9)
 

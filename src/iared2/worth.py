@@ -3,7 +3,7 @@
 A patch may go because it is no evidence, or because a kept token says the same. The score of Eq. 1 knows the first
 alone. With s_i the cosine of token i's key to the most similar token of more relevance in its image:
 
-    relevance_i = I_i m_i                            (m_i: mass, the patches that token i stands for)
+    relevance_i = I_i m_i                            (m_i: mass, the patches that token i stands for; 1 with mass=False)
     z_i = log(relevance_i / mean_j relevance_j) + redundancy * log(1 - s_i)
     chance_i = sigmoid(steepness * (z_i - offset))
 
@@ -27,6 +27,7 @@ class WorthConfig(Settings):
     """How keep rules weigh a score. Without it (the paper) they act on the score itself."""
 
     redundancy: float = Field(1.0, ge=0, description="first weight of the distance to the nearest better token; 0 leaves similarity out")
+    mass: bool = Field(True, description="count a token by the patches it stands for; without, what is left follows the scores' shape")
     steepness: float = Field(4.0, gt=0, description="slope of chances: how fast a token's fate is settled around the threshold")
 
 
@@ -45,6 +46,10 @@ class Worth(nn.Module):
         """Whether similarities are looked at."""
         return self.config.redundancy > 0
 
+    def relevance(self, score_T: Float[Tensor, " T"], tokens: PackedTokens) -> Float[Tensor, " T"]:
+        """A token's score times the patches that it stands for; the score alone with `mass=False`."""
+        return score_T if tokens.mass_T is None or not self.config.mass else score_T * tokens.mass_T
+
     def forward(self, score_T: Float[Tensor, " T"], tokens: PackedTokens, cosines: Cosines | None) -> Float[Tensor, " T"]:
         """The chance of every row (of prefix rows it means nothing).
 
@@ -56,7 +61,7 @@ class Worth(nn.Module):
 
     def logits(self, score_T: Float[Tensor, " T"], tokens: PackedTokens, cosines: Cosines | None) -> Float[Tensor, " T"]:
         """z of every row."""
-        layout, relevance_T = tokens.layout, relevance(score_T, tokens)
+        layout, relevance_T = tokens.layout, self.relevance(score_T, tokens)
         patches_B = (layout.length_B - layout.prefix).clamp(min=1)
         mean_B = sum_of_patches(relevance_T, layout) / patches_B
         z_T = (relevance_T.clamp(min=_LEAST) / mean_B.clamp(min=_LEAST)[layout.image_T]).log()
@@ -64,8 +69,3 @@ class Worth(nn.Module):
             return z_T
         similar_T = nearest_better(cosines).to(z_T.dtype)
         return z_T + self.redundancy * (1 - similar_T).clamp(min=_LEAST).log()
-
-
-def relevance(score_T: Float[Tensor, " T"], tokens: PackedTokens) -> Float[Tensor, " T"]:
-    """A token's score times the patches that it stands for."""
-    return score_T if tokens.mass_T is None else score_T * tokens.mass_T

@@ -1,6 +1,5 @@
 """Any methods on any model, judged by `iared2.evaluate.faithfulness`, in shards that are recorded; `iared2.evaluate.shards` says how."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,20 @@ from iared2.evaluate.faithfulness import ALL, FIGURES, TESTS, faithfulness
 from iared2.evaluate.judge import Judge
 from iared2.evaluate.randomised import randomised, rank_correlation, steps_of
 from iared2.evaluate.removal import on_grid
-from iared2.evaluate.shards import FORWARDS, Explainer, Find, Shard, ShardedMethods, check_class, mean_forwards, spent, timed
+from iared2.evaluate.shards import (
+    FORWARDS,
+    Explainer,
+    Find,
+    MethodRow,
+    Shard,
+    ShardedMethods,
+    check_class,
+    mean_forwards,
+    plain,
+    plain_by_name,
+    plain_pairs,
+    timed,
+)
 from iared2.model import ReducedTransformer
 from iared2.seeds import derive_seed
 
@@ -50,41 +62,27 @@ class FaithOptions:
 
 
 @dataclass(frozen=True)
-class FaithRow:
+class FaithRow(MethodRow):
     """One method's figures, or why there are none.
 
     Attributes:
         figures: means over images, by the names in `iared2.evaluate.faithfulness.FIGURES`.
         intervals: 95 % intervals of the same.
         curves: by name, "share" and the means of "top1" and "chance" there, from 0 to 1; "randomised" has "blocks" and "correlation".
-        forwards: cost of a map in forward passes.
-        milliseconds: per map, median over shards; None without figures.
-        why: one line that says why there are no figures.
     """
 
-    method: str
-    images: int = 0
     figures: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     curves: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
-    forwards: float | None = None
-    milliseconds: float | None = None
-    slow: bool = False
-    why: str | None = None
 
     def record(self) -> dict[str, Any]:
         """For JSON; what has no value is null."""
         return {
             "method": self.method,
-            **{name: plain(self.figures.get(name)) for name in FIGURES},
-            **spent(self),
-            "intervals": {name: [plain(end) for end in self.intervals[name]] if name in self.intervals else None for name in FIGURES},
+            **plain_by_name(self.figures, FIGURES),
+            **self.spent(),
+            "intervals": plain_pairs(self.intervals, FIGURES),
         }
-
-
-def plain(value: float | None) -> float | None:
-    """A number that JSON can hold."""
-    return None if value is None or not math.isfinite(value) else round(value, 4)
 
 
 class FaithfulnessRun(ShardedMethods[RawImages, RawBatch, FaithRow]):

@@ -3,7 +3,6 @@
 This module knows no method. It takes a function that finds explainers by name, and hands their maps to `iared2.evaluate.map_scores`.
 """
 
-import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,19 @@ from iared2.data.arrays import normalise
 from iared2.data.masks import MaskedBatch, MaskedImages
 from iared2.errors import DataError
 from iared2.evaluate.map_scores import FIGURES, MapScores, rank_normalise, score_maps
-from iared2.evaluate.shards import FORWARDS, Explainer, Find, Shard, ShardedMethods, check_class, mean_forwards, spent, timed
+from iared2.evaluate.shards import (
+    FORWARDS,
+    Explainer,
+    Find,
+    MethodRow,
+    Shard,
+    ShardedMethods,
+    check_class,
+    mean_forwards,
+    plain_by_name,
+    plain_pairs,
+    timed,
+)
 from iared2.model import ReducedTransformer
 
 
@@ -41,49 +52,28 @@ class SegmentOptions:
 
 
 @dataclass(frozen=True)
-class MapRow:
+class MapRow(MethodRow):
     """One method's figures in percent, of its maps as they are and of their ranks; or why there are none.
 
     Attributes:
         raw, rank: by the names in `FIGURES`.
         raw_intervals, rank_intervals: 95 % intervals of the same.
-        forwards: cost of a map in forward passes.
-        milliseconds: per image, median over shards; None without figures.
-        why: one line that says why there are no figures.
     """
 
-    method: str
-    images: int = 0
     raw: dict[str, float] = field(default_factory=dict)
     rank: dict[str, float] = field(default_factory=dict)
     raw_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     rank_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    forwards: float | None = None
-    milliseconds: float | None = None
-    slow: bool = False
-    why: str | None = None
 
     def record(self) -> dict[str, Any]:
         """For JSON: the raw maps' figures beside the method's name, those of ranks under `rank`; no number is null."""
         return {
             "method": self.method,
-            **_plain(self.raw),
-            **spent(self),
-            "intervals": _plain_pairs(self.raw_intervals),
-            "rank": {**_plain(self.rank), "intervals": _plain_pairs(self.rank_intervals)},
+            **plain_by_name(self.raw, FIGURES),
+            **self.spent(),
+            "intervals": plain_pairs(self.raw_intervals, FIGURES),
+            "rank": {**plain_by_name(self.rank, FIGURES), "intervals": plain_pairs(self.rank_intervals, FIGURES)},
         }
-
-
-def _number(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None
-
-
-def _plain(figures: dict[str, float]) -> dict[str, float | None]:
-    return {name: _number(figures[name]) if name in figures else None for name in FIGURES}
-
-
-def _plain_pairs(pairs: dict[str, tuple[float, float]]) -> dict[str, list[float | None] | None]:
-    return {name: [_number(end) for end in pairs[name]] if name in pairs else None for name in FIGURES}
 
 
 class Segmentation(ShardedMethods[MaskedImages, MaskedBatch, MapRow]):

@@ -4,11 +4,12 @@ This module knows no method and no figure. `ShardedMethods` walks; what is read,
 """
 
 import json
+import math
 import os
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -129,6 +130,49 @@ class Records:
     def _path(self, key: str, number: int) -> Path:
         assert self.folder is not None  # noqa: S101 - both callers have looked
         return self.folder / key / f"{number:06d}.json"
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """What one method's maps cost, or why there are none; those who inherit from it add figures.
+
+    Attributes:
+        forwards: cost of a map in forward passes.
+        milliseconds: per map, median over shards; None without figures.
+        why: one line that says why there are no figures.
+    """
+
+    method: str
+    images: int = 0
+    forwards: float | None = None
+    milliseconds: float | None = None
+    slow: bool = False
+    why: str | None = None
+
+    def spent(self) -> dict[str, Any]:
+        """What JSON says of a method beside its figures."""
+        return {
+            "forwards": self.forwards,
+            "milliseconds": None if self.milliseconds is None else round(self.milliseconds, 3),
+            "images": self.images,
+            "slow": self.slow,
+            "error": self.why,
+        }
+
+
+def plain(value: float | None) -> float | None:
+    """A number that JSON can hold."""
+    return None if value is None or not math.isfinite(value) else round(value, 4)
+
+
+def plain_by_name(figures: Mapping[str, float], names: Sequence[str]) -> dict[str, float | None]:
+    """Figures for JSON; what has no value is null."""
+    return {name: plain(figures.get(name)) for name in names}
+
+
+def plain_pairs(pairs: Mapping[str, tuple[float, float]], names: Sequence[str]) -> dict[str, list[float | None] | None]:
+    """Intervals for JSON; what has no value is null."""
+    return {name: [plain(end) for end in pairs[name]] if name in pairs else None for name in names}
 
 
 Data = TypeVar("Data", bound=Pictures)
@@ -255,17 +299,6 @@ def _with_content(name: str) -> object:
     """What tells a method from others: its name and, where a file stands behind the colon, what is in that."""
     path = Path(name.partition(":")[2])
     return (name, sha256(path)) if path.is_file() else name
-
-
-def spent(row: Any) -> dict[str, Any]:
-    """What a method's row says in JSON beside its figures: cost, how many images, and why there are none."""
-    return {
-        "forwards": row.forwards,
-        "milliseconds": None if row.milliseconds is None else round(row.milliseconds, 3),
-        "images": row.images,
-        "slow": row.slow,
-        "error": row.why,
-    }
 
 
 def mean_forwards(explainer: Explainer, shards: Sequence[Shard]) -> float:

@@ -11,7 +11,7 @@ from iared2.keep import KeepRule
 from iared2.reducers.base import Reducer, Reduction
 from iared2.similarity import Cosines, compare
 from iared2.tokens.packed import PackedTokens
-from iared2.worth import Worth, relevance
+from iared2.worth import Worth
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class InterpreterReducer(Reducer):
         if self.worth is None:
             cosines = compare(features_TF, tokens.layout) if self._matches else None
             return Judged(score_T, score_T, cosines)
-        cosines = compare(features_TF, tokens.layout, relevance(score_T, tokens).detach()) if self.wants_keys else None
+        cosines = compare(features_TF, tokens.layout, self.worth.relevance(score_T, tokens).detach()) if self.wants_keys else None
         return Judged(score_T, self.worth(score_T, tokens, cosines), cosines)
 
     def apply_rule(self, rule: KeepRule, tokens: PackedTokens, judged: Judged) -> Reduction:

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from iared2.errors import ConfigError
 from iared2.evaluate.bootstrap import DRAWS
 from iared2.evaluate.classify import eval_preprocess
 from iared2.evaluate.machine import describe_machine, versions
+from iared2.evaluate.shards import MethodRow
 from iared2.explain.methods import check_names, method_names
 from iared2.model import ReducedTransformer
 from iared2.report.screen import complain, screen
@@ -70,15 +71,6 @@ def facts_of(model: ReducedTransformer, request: Request, settings: dict[str, An
         "versions": versions(),
         "machine": describe_machine(device),
     }
-
-
-class MethodRow(Protocol):
-    """A method with figures, or with a reason why there are none."""
-
-    @property
-    def method(self) -> str: ...
-    @property
-    def why(self) -> str | None: ...
 
 
 def tell_rows(table: str, where: str, rows: Sequence[MethodRow], skipped: dict[str, str]) -> int:
