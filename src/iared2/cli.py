@@ -121,6 +121,11 @@ class OnRay:
 _ON_RAY = OnRay()
 
 
+def _several(long: str, short: str, help: str) -> Parameter:  # noqa: A002 - cyclopts's word
+    """An option that takes one path or more."""
+    return Parameter(name=[long, short], consume_multiple=True, negative="", metavar="PATH", help=help)
+
+
 # ---- explain --------------------------------------------------------------------------------------------------
 
 
@@ -129,13 +134,7 @@ def explain(
     *,
     photos: Annotated[
         list[str] | None,
-        Parameter(
-            name=["--photos", "-p"],
-            consume_multiple=True,
-            negative="",
-            metavar="PATH",
-            help="Photos, folders (with sub-folders) or glob patterns.",
-        ),
+        _several("--photos", "-p", "Photos, folders (with sub-folders) or glob patterns."),
     ] = None,
     output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="Folder for the results.")] = None,
     method: Annotated[str, Parameter(help="Explainers side by side on one sheet per photo, such as ours,rollout,chefer.")] = "",
@@ -476,22 +475,19 @@ def reproduce(
     *,
     data: Annotated[
         list[Path] | None,
-        Parameter(
-            name=["--data", "-d"],
-            consume_multiple=True,
-            negative="",
-            help="Trained here: Tiny-ImageNet-200 (small), or ImageNet-1k (paper). Else folders with images/ and masks/, gtsegs_ijcv.mat, "
+        _several(
+            "--data",
+            "-d",
+            "Trained here: Tiny-ImageNet-200 (small), or ImageNet-1k (paper). Else folders with images/ and masks/, gtsegs_ijcv.mat, "
             "or Tiny-ImageNet-200 (its boxes): table1, table5, and the numbers of figure4 and figure7.",
         ),
     ] = None,
     photos: Annotated[
         list[str] | None,
-        Parameter(
-            name=["--photos", "-p"],
-            consume_multiple=True,
-            negative="",
-            metavar="PATH",
-            help="Figures: photos, folders or patterns, of which some are chosen at random. table5: one folder of labelled photos.",
+        _several(
+            "--photos",
+            "-p",
+            "Figures: photos, folders or patterns, of which some are chosen at random. table5: one folder of labelled photos.",
         ),
     ] = None,
     output: Annotated[Path, Parameter(name=["--output", "-o"], help="Folder for the results; what is finished there is kept.")] = Path(

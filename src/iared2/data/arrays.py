@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -161,6 +161,40 @@ def steps_per_epoch(examples: int, per_step: int, train: bool) -> int:
 def epoch_order(examples: int, seed: int, epoch: int, train: bool) -> Int[Tensor, " n"]:
     """The order of one epoch: shuffled by (seed, epoch) in training, as it stands in evaluation."""
     return torch.randperm(examples, generator=generator(seed, epoch)) if train else torch.arange(examples)
+
+
+class Readable(Protocol):
+    """Pictures that are read on the way, and why some could not be."""
+
+    def __len__(self) -> int: ...
+    @property
+    def skipped(self) -> dict[str, str]: ...
+
+
+Pictures = TypeVar("Pictures", bound=Readable)
+
+
+@dataclass(frozen=True)
+class ReadBatches(Generic[Pictures]):
+    """What batches of pictures that are read on the way have in common; `epoch` is theirs to say."""
+
+    images: Pictures
+    how: Preprocess
+    batch_size: int
+    seed: int = 0
+    train: bool = True
+
+    @property
+    def examples(self) -> int:
+        return len(self.images)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        return self.images.skipped
+
+    def steps(self, world: int = 1) -> int:
+        """Batches per epoch and rank; training drops the last incomplete one, evaluation keeps it."""
+        return steps_per_epoch(self.examples, self.batch_size * world, self.train)
 
 
 @dataclass(frozen=True)

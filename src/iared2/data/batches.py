@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from iared2.data.arrays import ArrayBatches, ImageArrays, Preprocess, epoch_order, steps_per_epoch
+from iared2.data.arrays import ArrayBatches, ImageArrays, Preprocess, ReadBatches, epoch_order
 from iared2.data.images import LabelledImages, first_reason
 from iared2.data.streams import StreamBatches, StreamedImages
 from iared2.data.views import make_transform, seeded
@@ -58,7 +58,7 @@ def collate(samples: Sequence[tuple[Tensor, int, int] | Broken]) -> tuple[dict[s
 
 
 @dataclass(frozen=True)
-class FileBatches:
+class FileBatches(ReadBatches[LabelledImages]):
     """Batches over `LabelledImages`, with the protocol of `ArrayBatches`.
 
     A batch is a pure function of (seed, epoch, step, rank): `workers` changes the speed alone, and a resumed
@@ -67,24 +67,7 @@ class FileBatches:
     place, so that every rank takes as many steps as announced.
     """
 
-    images: LabelledImages
-    how: Preprocess
-    batch_size: int
-    seed: int = 0
-    train: bool = True
     workers: int = 0
-
-    @property
-    def examples(self) -> int:
-        return len(self.images)
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        return self.images.skipped
-
-    def steps(self, world: int = 1) -> int:
-        """Batches per epoch and rank; training drops the last incomplete one, evaluation keeps it."""
-        return steps_per_epoch(self.examples, self.batch_size * world, self.train)
 
     def epoch(self, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         """The batches of one epoch for one rank, from step `start` on."""

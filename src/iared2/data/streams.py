@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data.readers import create_reader
 from torch import Tensor
 
-from iared2.data.arrays import Preprocess, steps_per_epoch
+from iared2.data.arrays import ReadBatches
 from iared2.data.images import note_broken, reason
 from iared2.data.views import make_transform, seeded
 from iared2.errors import DataError, HubError
@@ -170,31 +170,14 @@ def _pass_reader(reader: Any, name: str) -> Iterator[Sample]:
 
 
 @dataclass(frozen=True)
-class StreamBatches:
+class StreamBatches(ReadBatches[StreamedImages]):
     """Batches over a stream, with the protocol of `ArrayBatches` and as reproducible.
 
     Training shuffles through a buffer. A resumed epoch reads past what was seen. Of shards each rank reads its share alone, another
     one in each epoch; of other streams it reads all and keeps every `world`-th sample. `indices` are numbers of samples in the stream.
     """
 
-    images: StreamedImages
-    how: Preprocess
-    batch_size: int
-    seed: int = 0
-    train: bool = True
     buffer: int = 2048
-
-    @property
-    def examples(self) -> int:
-        return len(self.images)
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        return self.images.skipped
-
-    def steps(self, world: int = 1) -> int:
-        """Batches per epoch and rank; training drops the last incomplete one, evaluation keeps it."""
-        return steps_per_epoch(self.examples, self.batch_size * world, self.train)
 
     def epoch(self, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         """The batches of one epoch for one rank, from step `start` on."""
