@@ -18,22 +18,25 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import tiny_run
 from iared2.curriculum import StagePlan
 from iared2.data.arrays import ArrayBatches, Preprocess
 from iared2.model import reduce
 from iared2.train.budget import reduced_for
+from iared2.train.dense import DenseTask
 from iared2.train.feeds import Feeds
+from iared2.train.optim import OptimSettings
 from iared2.train.run import build_stage, open_accelerator
-from iared2.train.together import ImitationTask
-from iared2.train.together_settings import TogetherSettings
+from iared2.train.together import ImitationTask, WalkTask
+from iared2.train.together_settings import TogetherSettings, WalkSettings
 from iared2.train.trainer import RunSettings, Stage, Trainer
 
 GLOBAL_BATCH = 8
 # Not Adam: it makes a step of a gradient that is zero but for rounding.
 OPTIM = {"optimizer": "sgd", "lr": 0.3, "lr_batch": GLOBAL_BATCH}
-NAMES = ("warm_start", "interpreter", "blocks", "together")
+NAMES = ("dense", "warm_start", "interpreter", "blocks", "together", "walks")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,20 @@ def curriculum_stage(kind: str, accelerator: Accelerator) -> tuple[nn.Module, St
     return model, build_stage(StagePlan(kind, 1, 2), model, recipe.reduction, feeds(accelerator.num_processes), accelerator)
 
 
+def dense_stage(accelerator: Accelerator) -> tuple[nn.Module, Stage]:
+    """Everything is trained, some of it with weight decay; no stochastic depth, which timm draws per rank."""
+    model = tiny_run.tiny_backbone(drop_path_rate=0.0)
+    optim = OptimSettings(**OPTIM, weight_decay=0.01)
+    return model, Stage("dense", DenseTask(model, 0.1, 0.0, 1.0, ()), feeds(accelerator.num_processes).train, 2, optim)
+
+
+def walks_stage(accelerator: Accelerator) -> tuple[nn.Module, Stage]:
+    """Two walks per picture, so that the two numbers of a worth are trained too."""
+    model = reduced_for(TogetherSettings(), tiny_run.tiny_backbone())
+    task = WalkTask(model, WalkSettings(samples=2), None, 0.7)
+    return model, Stage("walks", task, feeds(accelerator.num_processes).train, 2, OptimSettings(**OPTIM))
+
+
 def together_stage(accelerator: Accelerator) -> tuple[nn.Module, Stage]:
     settings = TogetherSettings(imitation_optim=OPTIM, remember=False)
     model = reduced_for(settings, tiny_run.tiny_backbone())
@@ -94,17 +111,35 @@ def together_stage(accelerator: Accelerator) -> tuple[nn.Module, Stage]:
 
 def fresh(name: str) -> nn.Module:
     """The model that `name` starts from."""
-    return (together_stage(Accelerator(cpu=True)) if name == "together" else curriculum_stage(name, Accelerator(cpu=True)))[0]
+    return stage_of(name, Accelerator(cpu=True))[0]
+
+
+def stage_of(name: str, accelerator: Accelerator) -> tuple[nn.Module, Stage]:
+    """A model and what is done to it."""
+    others = {"dense": dense_stage, "walks": walks_stage, "together": together_stage}
+    return others[name](accelerator) if name in others else curriculum_stage(name, accelerator)
+
+
+class Noting(Trainer):
+    """Notes after each step which share of what is trained this process holds."""
+
+    def _step(self, learner, *rest):
+        logs = super()._step(learner, *rest)
+        trained = [parameter for group in learner.optimizer.param_groups for parameter in group["params"]]
+        mine = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in trained]
+        with (self.settings.folder / f"share-{self.accelerator.process_index}.txt").open("a") as stream:
+            stream.write(f"{sum(part.numel() for part in mine) / sum(parameter.numel() for parameter in trained)}\n")
+        return logs
 
 
 def run(name: str, folder: Path, accelerator: Accelerator) -> None:
     """One stage of two epochs; `killed` is the interpreter's, in which the last process dies in the second epoch."""
     kind = "interpreter" if name == "killed" else name
-    model, stage = together_stage(accelerator) if name == "together" else curriculum_stage(kind, accelerator)
+    model, stage = stage_of(kind, accelerator)
     if name == "killed":
         stage = replace(stage, batches=Deadly(stage.batches, step=3, rank=accelerator.num_processes - 1, note=folder / "passes.txt"))
     settings = RunSettings(folder / name, "ranks", seed=3, checkpoint_every=2, log_every=1)
-    Trainer(model, settings, accelerator).fit([stage])
+    Noting(model, settings, accelerator).fit([stage])
     if accelerator.is_main_process:
         save_file({key: value.detach().contiguous() for key, value in model.state_dict().items()}, folder / name / "model.safetensors")
 

@@ -211,6 +211,15 @@ def test_a_plain_folder_and_a_budget_make_a_model_that_eval_takes(plain, tmp_pat
 
 
 @pytest.mark.untyped
+def test_the_embedded_models_weights_are_found_in_the_package(plain, tmp_path):
+    wish = ["--target-macs", "0.7x", "-o", str(tmp_path), "--workers", "0", "--device", "cpu", "together.walk_epochs=0", *SMALL]
+    assert main(["train", "--model", "iared2_mini_patch8_96", "--data", str(plain / "photos"), *wish]) == 0
+    assert not (tmp_path / "backbone.safetensors").exists()
+    mine, embedded = (iared2.load_reduced(name).backbone.state_dict() for name in (tmp_path, "iared2_mini_patch8_96"))
+    assert all(torch.equal(mine[key], embedded[key]) for key in embedded)
+
+
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("target", "more", "message"),
     [

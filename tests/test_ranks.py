@@ -27,7 +27,7 @@ def torchrun(*arguments: object, processes: int = 2, restarts: int = 0, dies: bo
     """Runs the script under torchrun, alone in its process group; gives what it said. `dies`: it must fail."""
     paths = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1] / "src"), os.environ.get("PYTHONPATH", "")])
     # torchrun of torch 2.13 offers restarted processes the addresses of dead ones, unless its store is not shared (pytorch issue 135712).
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "CUDA_VISIBLE_DEVICES": ""}
     launcher = [
         "-m",
         "torch.distributed.run",
@@ -92,6 +92,17 @@ def test_two_processes_train_what_one_trains(name: str, several: str, one: Path,
     apart = max(float((alone[key] - shared[key]).abs().max()) for key in alone)
     assert moved > 0.02
     assert apart < 1e-5, f"{apart:.2g} apart after moving {moved:.2g}"
+
+
+@pytest.mark.parametrize(("several", "least", "most"), [("two", 1, 1), ("divided", 0.3, 0.7)])
+@pytest.mark.parametrize("name", ranks_run.NAMES)
+def test_processes_hold_all_or_a_part_of_what_is_trained(
+    name: str, several: str, least: float, most: float, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(several) / name
+    shares = [[float(line) for line in (folder / f"share-{rank}.txt").read_text().splitlines()] for rank in (0, 1)]
+    assert all(least <= share <= most for rank in shares for share in rank)
+    assert [sum(both) for both in zip(*shares, strict=True)] == pytest.approx([2.0 if least == 1 else 1.0] * len(shares[0]))
 
 
 @pytest.mark.parametrize("several", ["two", "divided"])

@@ -124,6 +124,10 @@ def test_variance_counts_passes_and_starts_every_estimator_alike(small: Bench, m
     assert len({row["reward_before"] for row in rows}) == 1
     assert all(row["variance"] > 0 and len(row["curve"]) == 8 // row["passes"] for row in rows)
     assert (small.output / "variance.png").stat().st_size < 150_000
+    monkeypatch.setattr(variance, "PASSES", 16)  # another study: what was found before is none of it
+    assert run_reproduction("variance", small) == 0
+    again = json.loads((small.output / "variance.json").read_text())["rows"]
+    assert all(len(row["curve"]) == 16 // row["passes"] for row in again)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import HfApi
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
@@ -17,6 +17,7 @@ from families import FAMILIES, randomised
 from iared2.errors import ConfigError, HubError, WeightsError
 from iared2.model import ReducedTransformer, reduce
 from iared2.saving import backbone_spec, load_reduced, save_reduced
+from iared2.worth import WorthConfig
 
 TINY = {"img_size": 64, "depth": 4, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -399,6 +400,16 @@ def test_what_is_pulled_from_the_hub_is_what_was_pushed(whole, monkeypatch):
     monkeypatch.setattr("iared2.saving.snapshot_download", lambda name, **options: asked.update(options, name=name) or str(whole))
     assert iared2.ReducedTransformer.from_pretrained("someone/model", revision="v1").labels == list("abcdefg")
     assert asked["name"] == "someone/model" and asked["revision"] == "v1" and asked["local_files_only"] is False
+
+
+def test_numbers_without_a_dimension_are_taken_from_older_models(tmp_path: Path) -> None:
+    model = reduce(build(), (1, 2), place="between", worth=WorthConfig(redundancy=0.3), on_drop="merge").eval()
+    save_reduced(model, tmp_path, with_backbone=True)
+    path = tmp_path / "reducers.safetensors"
+    tensors = load_file(path)
+    assert tensors["0.worth.redundancy"].shape == (1,)
+    save_file({name: value.reshape(()) if value.numel() == 1 else value for name, value in tensors.items()}, path)
+    assert torch.equal(load_reduced(tmp_path)(IMAGES), model(IMAGES))
 
 
 def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:

@@ -511,6 +511,9 @@ def test_methods_are_named_once():
     assert choose_methods("random, gaussian,random") == ["random", "gaussian"]
     assert choose_methods("attention:3:max,ours:1") == ["attention:3:max", "ours:1"]
     assert set(choose_methods("all")) >= {"random", "gaussian", "background"}
+    assert choose_methods("all,ours") == choose_methods("all")
+    with pytest.raises(ConfigError, match="got 'attention:', with nothing behind the colon"):
+        choose_methods("attention:")
 
 
 def test_tables_say_what_is_missing_and_what_is_smaller(model, folder):

@@ -26,9 +26,11 @@ from iared2.tokens.grid import smoothed
 from iared2.tokens.packed import scatter_places
 from iared2.train.checkpoint import Place, latest_checkpoint, save_checkpoint
 from iared2.train.feeds import Feeds
+from iared2.train.learner import copy_of_trained
 from iared2.train.optim import OptimSettings, schedule_factor
 from iared2.train.run import _train_reduction, build_stage
 from iared2.train.tasks import BlocksTask, InterpreterTask
+from iared2.train.together import DistilTask, ImitationTask, Memory
 from iared2.train.trainer import RunSettings, Stage, Task, Trainer
 from iared2.train.warm_start import WarmStartTask, mass_evidence
 
@@ -189,6 +191,27 @@ def test_blurred_evidence_by_hand() -> None:
     flat = smoothed(torch.ones(1, 25), (5, 5), 1.0).view(5, 5)
     assert flat[0, 0] < flat[0, 2] < flat[2, 2] <= 1  # outside of the picture there is no evidence
     assert smoothed(one, (5, 5), 0.0) is one
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(smoothed(one, (5, 5), 1.0).view(5, 5), soft)
+
+
+def test_a_copy_of_a_task_shares_its_teacher_and_what_it_remembers() -> None:
+    model = reduce(tiny_run.tiny_backbone(), 2).eval()
+    memory = Memory()
+    tasks = [
+        BlocksTask(model, 0, True, tiny_run.tiny_backbone()),
+        WarmStartTask(model, 0, 0.5, cache=True),
+        ImitationTask(model, (0.5, 0.5), memory),
+        DistilTask(model, tiny_run.tiny_backbone(), memory),
+    ]
+    for task in tasks:
+        task.begin()
+        learnt = [name for name, value in task.named_parameters() if value.requires_grad]
+        made = copy_of_trained(task, task.shared())
+        both = dict(task.named_parameters()), dict(made.named_parameters())
+        assert learnt and all((both[0][name] is not both[1][name]) == (name in learnt) for name in both[0])
+        for held in ("_teacher", "_memory", "_states", "_goals", "_evidence"):
+            assert getattr(made, held, None) is getattr(task, held, None)
 
 
 def test_a_soft_reward_is_the_degree_of_agreement_with_the_dense_model() -> None:

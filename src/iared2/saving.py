@@ -189,7 +189,8 @@ def load_reduced(
 
 def _build_backbone(spec: Backbone, data: Data, folder: Path, weights: str | Path | None) -> tuple[Any, Path | None]:
     """The backbone with weights and preprocessing, and the file that its weights came from, where it is known."""
-    path, file = folder / "config.json", Path(weights) if weights is not None else folder / BACKBONE if spec.included else None
+    path, file = folder / "config.json", folder / BACKBONE if spec.included else embedded_weights(spec.architecture or "")
+    file = file if weights is None else Path(weights)
     require_buildable(spec, path)
     name = ".".join(filter(None, (spec.architecture, spec.tag)))
     try:
@@ -231,6 +232,13 @@ def pretrained_backbone(name: str, **arguments: Any) -> nn.Module:
         ) from None
 
 
+def embedded_weights(name: str) -> Path | None:
+    """The backbone's weights inside the package, where an embedded model has any."""
+    folder = assets.find(name)
+    path = None if folder is None else folder / BACKBONE
+    return path if path is not None and path.is_file() else None
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file.
 
@@ -265,6 +273,8 @@ def load_tensors(module: Any, path: Path, resample_positions: bool = False) -> N
         parts += [f"has {surplus[0]!r} and {len(surplus) - 1} more that the model does not know"] if surplus else []
         raise WeightsError(f"{path}: made for another model: it {', '.join(parts)}")
     for name, value in wanted.items():
+        if tensors[name].numel() == value.numel() == 1:  # single numbers had no dimension before 0.1.0
+            tensors[name] = tensors[name].reshape(value.shape)
         if tensors[name].shape != value.shape:
             raise WeightsError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model wants {tuple(value.shape)}")
         if tensors[name].is_floating_point() and tensors[name].isnan().any():

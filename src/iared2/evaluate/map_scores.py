@@ -96,8 +96,10 @@ def score_maps(
     Raises:
         ConfigError: sizes that do not go together, or a map that is not finite.
     """
-    if map_Bhw.ndim != 3 or mask_BHW.ndim != 3 or len(map_Bhw) != len(mask_BHW):
-        raise ConfigError(f"maps of shape {tuple(map_Bhw.shape)} for masks of shape {tuple(mask_BHW.shape)}; wanted one map per mask")
+    if map_Bhw.ndim != 3 or mask_BHW.ndim != 3 or len(map_Bhw) != len(mask_BHW) or not len(map_Bhw):
+        raise ConfigError(
+            f"maps of shape {tuple(map_Bhw.shape)} for masks of shape {tuple(mask_BHW.shape)}; wanted one map per mask, and one at least"
+        )
     if not map_Bhw.isfinite().all():
         raise ConfigError("the map is not finite; check the model's weights, or try --dtype float32")
     map_Bhw, mask_BHW = map_Bhw.detach().float().cpu(), mask_BHW.cpu()

@@ -132,7 +132,10 @@ def check_names(names: Sequence[str], option: str = "method") -> tuple[str, ...]
         ConfigError: one is unknown (answered with the nearest right one).
     """
     for name in names:
-        if (stem := name.partition(":")[0]) not in METHODS:
+        stem, colon, detail = name.partition(":")
+        if colon and not detail:
+            raise ConfigError(f"{option}: got {name!r}, with nothing behind the colon; leave the colon out, or say what of {stem}")
+        if stem not in METHODS:
             near = difflib.get_close_matches(stem, METHODS, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}? Known" if near else "known"
             raise ConfigError(f"{option}: got {name!r}, which is no method; {hint}: {', '.join(METHODS)}")

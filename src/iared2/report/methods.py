@@ -27,7 +27,7 @@ def choose_methods(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise ConfigError(f"--methods: got none; wanted names separated by commas, of {', '.join(method_names())}; or {EVERY}")
-    return method_names() if names == [EVERY] else list(check_names(names, "--methods"))
+    return method_names() if EVERY in names else list(check_names(names, "--methods"))
 
 
 def check_limits(limit: int | None, slow_limit: int) -> None:

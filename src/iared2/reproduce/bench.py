@@ -22,6 +22,7 @@ from iared2.data.sources import Data, open_data
 from iared2.data.streams import StreamedImages
 from iared2.data.tiny_imagenet import is_tiny_imagenet
 from iared2.errors import ConfigError, DataError
+from iared2.saving import embedded_weights
 from iared2.train.feeds import Feeds
 from iared2.train.recipes import Recipe, find_recipe
 from iared2.train.run import build_backbone
@@ -102,7 +103,7 @@ class Bench:
         """
         values: dict[str, Any] = {"seed": seed, "data.train": str(self.data)}
         if self.scale == "small":
-            values |= {**_SMALL, "data.subset": self.images, "backbone.weights": str(assets.HERE / assets.DEFAULT / "backbone.safetensors")}
+            values |= {**_SMALL, "data.subset": self.images, "backbone.weights": str(embedded_weights(assets.DEFAULT))}
         name = "mini_reduced" if self.scale == "small" else f"paper_deit_{'base' if base else 'small'}"
         merged = {**values, **changes}
         if self.scale == "small":

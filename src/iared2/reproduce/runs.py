@@ -67,8 +67,8 @@ def figures(bench: Bench, what: Configuration, seed: int) -> Row:
         second group's map, and of its reverse, within boxes; None where there are none), seconds, and what was run.
     """
     recipe = bench.recipe(what.changes, seed, what.base)
-    folder = bench.output / "runs" / f"{what.kind}-{_digest(recipe)}-{seed}"
-    path = folder / f"figures-{_digest(what.threshold, what.budget, bench.val_images)}.json"
+    folder = bench.output / "runs" / f"{what.kind}-{digest(recipe)}-{seed}"
+    path = folder / f"figures-{digest(what.threshold, what.budget, bench.val_images)}.json"
     known = read_json(path)
     if known is not None:
         return {**known, "name": what.name}
@@ -165,7 +165,7 @@ def measure(model: ReducedTransformer, batches: Any, data: Any) -> Row:
     return row | {name: None if boxes is None else 100 * value / count for name, value in zip(names, shares.tolist(), strict=True)}
 
 
-def _digest(*parts: Any) -> str:
+def digest(*parts: Any) -> str:
     """Ten digits that name settings; a recipe counts without what does not change its result."""
     quiet = {"log_every", "checkpoint_every"}
     text = "|".join(part.model_dump_json(exclude=quiet) if isinstance(part, Recipe) else repr(part) for part in parts)

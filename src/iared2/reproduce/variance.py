@@ -19,7 +19,7 @@ from iared2.keep import Threshold
 from iared2.model import reduce
 from iared2.reproduce.bench import Bench
 from iared2.reproduce.intervals import half_width
-from iared2.reproduce.runs import Row, read_json, write_json
+from iared2.reproduce.runs import Row, digest, read_json, write_json
 from iared2.reproduce.write import command, machine_words, setting
 from iared2.reward import EstimatorConfig
 from iared2.runtime import pick_device, precision
@@ -34,8 +34,8 @@ logger = logging.getLogger("iared2.reproduce")
 
 GROUP = 1  # counted from 0: the one whose maps the paper shows
 DRAWS = 48  # gradients per estimator, on one batch
-PASSES = 480  # forward passes per picture of the batch that learning may use
-PICTURES = 128  # at most this many pictures to learn on, each seen several times
+PASSES = 480  # forward passes of a batch behind the prefix that learning may use, over all batches
+PICTURES = 128  # at most this many pictures to learn on
 
 
 def estimators() -> list[tuple[str, EstimatorConfig]]:
@@ -60,7 +60,8 @@ def run_variance(bench: Bench) -> int:
     """Measures every estimator with every seed, and writes OUT/variance.json, .md and .png."""
     rows: list[Row] = []
     for seed in range(bench.seeds):
-        path = bench.output / "runs" / f"variance-{bench.scale}-{bench.images}-{seed}.json"
+        how = digest(bench.recipe({}, seed), DRAWS, PASSES, PICTURES)
+        path = bench.output / "runs" / f"variance-{bench.scale}-{how}-{seed}.json"
         known = read_json(path)
         if known is None:
             start = time.perf_counter()
@@ -192,10 +193,13 @@ def _write(rows: list[Row], bench: Bench) -> None:
         cells += [_cell(mine, "cosine"), _cell(mine, "reward_before"), _cell(costly, "gained"), str(len(mine))]
         out.append("| " + " | ".join(cells) + " |")
     out += ["", f"{bench.images} training pictures, of which at most {PICTURES} are learnt on; {DRAWS} gradients per estimator and seed on"]
-    out += [f"one batch; learning with {PASSES} forward passes per batch for every estimator; {machine_words(bench)}. ± is the half-width"]
     out += [
-        "of the 95 % interval over seeds. Variances of normalised estimators are those of longer or shorter gradients: compare cosines."
+        f"one batch; learning with {PASSES} forward passes of a batch for every estimator, so that more samples per step mean fewer steps,"
     ]
+    out += [
+        f"all at one learning rate; {machine_words(bench)}. ± is the half-width of the 95 % interval over seeds. Variances of normalised"
+    ]
+    out += ["estimators are those of longer or shorter gradients: compare cosines."]
     (bench.output / "variance.md").write_text("\n".join(out) + "\n")
     _plot(rows, bench)
 

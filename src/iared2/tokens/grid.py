@@ -26,12 +26,16 @@ def gaussian(height: int, width: int, sigma: float = SIGMA) -> Float[Tensor, "h 
 
 
 def smoothed(map_BN: Float[Tensor, "B N"], grid: tuple[int, ...], deviation: float) -> Float[Tensor, "B N"]:
-    """A Gaussian blur of maps on a grid of two axes, `deviation` in patches; zero lies outside. 0 changes nothing."""
+    """A Gaussian blur of maps on a grid of two axes, `deviation` in patches; zero lies outside. 0 changes nothing.
+
+    In the maps' own precision, whatever autocast says.
+    """
     if deviation <= 0:
         return map_BN
     radius = max(1, round(3 * deviation))
     kernel = torch.exp(-torch.arange(-radius, radius + 1, device=map_BN.device).square() / (2 * deviation**2)).to(map_BN.dtype)
     kernel = kernel / kernel.sum()
     map_B1hw = map_BN.view(-1, 1, *grid)
-    across = F.conv2d(map_B1hw, kernel.view(1, 1, 1, -1), padding=(0, radius))
-    return F.conv2d(across, kernel.view(1, 1, -1, 1), padding=(radius, 0)).flatten(1)
+    with torch.autocast(map_BN.device.type, enabled=False):
+        across = F.conv2d(map_B1hw, kernel.view(1, 1, 1, -1), padding=(0, radius))
+        return F.conv2d(across, kernel.view(1, 1, -1, 1), padding=(radius, 0)).flatten(1)

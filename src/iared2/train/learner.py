@@ -7,7 +7,7 @@ the copy shares them, so that a model is never gathered for the passes that stor
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -49,14 +49,21 @@ class Learner(Generic[Trained]):
     Args:
         task: with its weights loaded and `begin` called; stays whole.
         build: makes the optimiser of a task.
+        shared: what the task holds beside its modules and a copy should not have anew.
     """
 
-    def __init__(self, task: Trained, build: Callable[[nn.Module], torch.optim.Optimizer], accelerator: Accelerator) -> None:
-        self._whole, self._device = task.to(accelerator.device), accelerator.device
+    def __init__(
+        self,
+        task: Trained,
+        build: Callable[[nn.Module], torch.optim.Optimizer],
+        accelerator: Accelerator,
+        shared: Sequence[object] = (),
+    ) -> None:
+        self._whole, self._accelerator = task.to(accelerator.device), accelerator
         self.divided = accelerator.distributed_type is DistributedType.FSDP
         self.task = task
         if self.divided:
-            self.task = _copy_of_trained(task)
+            self.task = copy_of_trained(task, shared)
             _one_unit(accelerator, _frozen(task))
         # Accelerate runs what it prepares in the wanted precision, but for FSDP.
         self._precision = accelerator.autocast if self.divided else nullcontext
@@ -67,10 +74,18 @@ class Learner(Generic[Trained]):
         with self._precision():
             return self._prepared(batch)
 
+    def clip(self, limit: float) -> Tensor:
+        """Scales gradients down to a norm of `limit`; returns the norm before, the same on every process."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if not self.divided:
+            return self._accelerator.clip_grad_norm_(parameters, limit)
+        self._accelerator.unscale_gradients(self.optimizer)  # Accelerate's own way compares lists of parameters, which parts refuse
+        return _whole(nn.utils.clip_grad_norm_(parameters, limit))
+
     def collect(self) -> None:
         """Writes what was learnt into the caller's task; every process must call it."""
         if self.divided:
-            learnt = {name: whole(value) for name, value in self.task.named_parameters() if value.requires_grad}
+            learnt = {name: _whole(value) for name, value in self.task.named_parameters() if value.requires_grad}
             with torch.no_grad():
                 for name, value in self._whole.named_parameters():
                     if name in learnt:
@@ -78,7 +93,7 @@ class Learner(Generic[Trained]):
 
     def optimizer_state(self) -> dict[str, Any]:
         """The optimiser's state as one process would have it; every process must call it."""
-        return _mapped(self.optimizer.state_dict(), whole)
+        return _mapped(self.optimizer.state_dict(), _whole)
 
     def load_optimizer(self, checkpoint: Path) -> None:
         """Takes over a checkpoint's optimiser state, by however many processes it was written.
@@ -86,7 +101,7 @@ class Learner(Generic[Trained]):
         Raises:
             TrainingError: the state is missing or damaged.
         """
-        load_optimizer_state(checkpoint, self.optimizer, self._device, self._divide if self.divided else None)
+        load_optimizer_state(checkpoint, self.optimizer, self._accelerator.device, self._divide if self.divided else None)
 
     def _divide(self, state: dict[str, Any]) -> dict[str, Any]:
         """This process's part of a whole optimiser state."""
@@ -117,13 +132,13 @@ def _frozen(task: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in task.parameters() if not parameter.requires_grad]
 
 
-def _copy_of_trained(task: Trained) -> Trained:
-    """A copy with trained weights of its own, and the task's frozen weights and buffers."""
-    shared: list[Tensor] = [*_frozen(task), *task.buffers()]
-    return copy.deepcopy(task, {id(tensor): tensor for tensor in shared})
+def copy_of_trained(task: Trained, shared: Sequence[object]) -> Trained:
+    """A copy with trained weights of its own; frozen weights, buffers and what else is `shared` are the task's."""
+    kept: list[object] = [*_frozen(task), *task.buffers(), *shared]
+    return copy.deepcopy(task, {id(one): one for one in kept})
 
 
-def whole(value: Any) -> Any:
+def _whole(value: Any) -> Any:
     """A tensor of which processes hold parts, put together on each of them; anything else as it is."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 

@@ -85,7 +85,7 @@ class ReductionSettings(Settings):
     warm_start_epochs: Whole = Field(0, ge=0, description="imitation before REINFORCE; not in the paper")
     warm_start_ratios: tuple[Share, ...] = Field((), description="share of the grid that imitation keeps, per group")
     warm_start_sharpness: float = Field(1.0, ge=1, description="how many times steeper than probabilities scores become in imitation")
-    warm_start_blur: float = Field(0.0, ge=0, description="blur of the evidence to imitate: standard deviation in patches")
+    warm_start_blur: float = Field(0.0, ge=0, le=100, description="blur of the evidence to imitate: standard deviation in patches")
     entropy_bonus: float = Field(0.0, ge=0)
     cache_prefix: bool = Field(False, description="compute each picture's frozen prefix once; needs pictures without augmentation")
     train_head: bool = Field(True, description="train final norm and head with the blocks")

@@ -24,7 +24,7 @@ from iared2.data.arrays import ArrayBatches
 from iared2.errors import ConfigError, IARED2Error
 from iared2.model import ReducedTransformer, reduce
 from iared2.runtime import pick_device
-from iared2.saving import load_tensors, pretrained_backbone, save_reduced
+from iared2.saving import embedded_weights, load_tensors, pretrained_backbone, save_reduced
 from iared2.seeds import seed_all
 from iared2.train.budget import trade_off, train_together
 from iared2.train.checkpoint import refuse_another_recipe
@@ -177,7 +177,8 @@ def build_backbone(recipe: Recipe) -> nn.Module:
     if recipe.dense is not None and recipe.dense.patch_drop:
         arguments["patch_drop_rate"] = max(*recipe.dense.patch_drop, 1e-6)
     name = settings.model.split(".")[0]
-    fetched = settings.weights is None and recipe.dense is None
+    weights = settings.weights if settings.weights is not None or recipe.dense is not None else embedded_weights(name)
+    fetched = weights is None and recipe.dense is None
     if not fetched and not timm.is_model(name):
         raise ConfigError(f"backbone.model: timm has no model {name!r}; `iared2 models` lists what can be loaded")
     try:
@@ -187,8 +188,8 @@ def build_backbone(recipe: Recipe) -> nn.Module:
     except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise ConfigError(f"backbone.arguments: got {json.dumps(arguments)}, which {name} does not take ({reason})") from None
-    if settings.weights is not None:
-        load_tensors(backbone, Path(settings.weights), settings.resample_positions)
+    if weights is not None:
+        load_tensors(backbone, Path(weights), settings.resample_positions)
     return backbone
 
 

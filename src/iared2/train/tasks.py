@@ -40,6 +40,9 @@ class GroupTask(Task):
     def look_back(self, batch: dict[str, Tensor]) -> None:
         self.frozen_prefix(batch)
 
+    def shared(self) -> list[object]:
+        return [self._states, self._goals]
+
     def frozen_prefix(self, batch: dict[str, Tensor]) -> State:
         """The state in front of the group's reducer; earlier interpreters decide greedily. Stores no gradient.
 
@@ -211,6 +214,9 @@ class BlocksTask(GroupTask):
             self.needs_classifier("block_target")
         self.train_head = train_head
         self._teacher = (teacher,)  # in a tuple: no part of this module, and so neither trained nor saved
+
+    def shared(self) -> list[object]:
+        return [*super().shared(), self._teacher]
 
     def trainable(self) -> set[str]:
         """Names of the backbone's parameters that this stage trains."""

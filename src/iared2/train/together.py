@@ -40,9 +40,6 @@ class Memory:
     evidence: dict[int, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
 
-    def __deepcopy__(self, memo: dict) -> "Memory":
-        return self  # what holds for the whole run holds for a copy of its task
-
     def outputs_of(self, indices: Sequence[int]) -> Tensor | None:
         """The dense model's outputs for these pictures, if all of them are known."""
         known = all(index in self.outputs for index in indices)
@@ -73,6 +70,9 @@ class TogetherTask(Task):
 
     def look_back(self, batch: dict[str, Tensor]) -> None:
         self.dense(batch)
+
+    def shared(self) -> list[object]:
+        return [self._memory]
 
     def dense(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, "G B N"], Float[Tensor, "B C"]]:
         """Evidence for each group on the grid, and the dense model's output."""
@@ -303,6 +303,9 @@ class DistilTask(Task):
 
     def look_back(self, batch: dict[str, Tensor]) -> None:
         self.wanted(batch)
+
+    def shared(self) -> list[object]:
+        return [self._memory, self._teacher]
 
     @torch.no_grad()
     def wanted(self, batch: dict[str, Tensor]) -> Float[Tensor, "B C"]:

@@ -35,7 +35,9 @@ class TogetherSettings(Settings):
     on_drop: OnDrop = "merge"
     keep_length: bool = Field(True, description="merged tokens keep the average length of their parts")
     against: float = Field(0.3, ge=0, description="how much evidence against the predicted class counts")
-    blur: float = Field(0.0, ge=0, description="blur of the evidence to imitate: standard deviation in patches; what is left gathers")
+    blur: float = Field(
+        0.0, ge=0, le=100, description="blur of the evidence to imitate: standard deviation in patches; what is left gathers"
+    )
     remember: bool = Field(True, description="compute the dense model's evidence once per picture; needs pictures without augmentation")
     imitation_epochs: Whole = Field(1, ge=0)
     walk_epochs: Whole = Field(1, ge=0)

@@ -21,7 +21,7 @@ from iared2.errors import TrainingError
 from iared2.runtime import mean_over_ranks
 from iared2.seeds import draws_of_batch, seed_all
 from iared2.train.checkpoint import Place, latest_checkpoint, load_weights, save_checkpoint
-from iared2.train.learner import Learner, whole
+from iared2.train.learner import Learner
 from iared2.train.logs import StageLog
 from iared2.train.optim import OptimSettings, build_optimizer, schedule_factor, set_rate
 
@@ -61,6 +61,10 @@ class Task(nn.Module):
 
     def look_back(self, batch: dict[str, Tensor]) -> None:
         """Called on resuming, with each batch of the stage's finished steps: remembers what it had remembered."""
+
+    def shared(self) -> list[object]:
+        """What it holds beside its modules, such as memories and teachers, and every copy of it should share."""
+        return []
 
     def begin_epoch(self, epoch: int) -> None:
         """Called before each epoch (schedules that depend on it)."""
@@ -133,7 +137,7 @@ class Trainer:
         if stage.task.remembers:
             self._look_back(stage, start, per_epoch)
         batch_size = stage.batches.batch_size * world
-        learner = Learner(stage.task, lambda task: build_optimizer(task, stage.optim, batch_size), accelerator)
+        learner = Learner(stage.task, lambda task: build_optimizer(task, stage.optim, batch_size), accelerator, stage.task.shared())
         if checkpoint is not None:
             learner.load_optimizer(checkpoint)
         log = StageLog(self.settings.folder, stage.name, start, total, accelerator.is_main_process)
@@ -177,25 +181,22 @@ class Trainer:
         return {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
 
     def _step(self, learner: Learner[Task], stage: Stage, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        optimizer = learner.optimizer
         try:
             logs = learner(self._here(batch))
         except FloatingPointError as error:
             raise self._not_finite(stage, step, str(error)) from None
         self.accelerator.backward(logs["loss"])
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = stage.optim.clip_norm if stage.optim.clip_norm is not None else float("inf")
-        norm = whole(self.accelerator.clip_grad_norm_(parameters, limit))
+        norm = learner.clip(stage.optim.clip_norm if stage.optim.clip_norm is not None else float("inf"))
         # After the all-reduce every rank sees the same norm, so all ranks stop together.
-        if norm is not None and not torch.isfinite(norm):
+        if not torch.isfinite(norm):
             self._skipped += 1
             # In fp16 the scaler starts too high on purpose: it skips such a step and halves its scale.
             if self.accelerator.scaler is None or self._skipped >= _PATIENCE:
                 raise self._not_finite(stage, step, f"the gradient is not finite (loss {logs['loss'].item():.4g})")
         else:
             self._skipped = 0
-        optimizer.step()
-        optimizer.zero_grad()
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
         return self._over_ranks(logs) | {"grad_norm": norm}
 
     def _over_ranks(self, logs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -57,6 +57,9 @@ class WarmStartTask(ScoringTask):
             interpreter.sharpen(self.sharpness)
             interpreter.shift_to(self.ratio, join([state.tokens for state in states]))
 
+    def shared(self) -> list[object]:
+        return [*super().shared(), self._evidence]
+
     def look_back(self, batch: dict[str, Tensor]) -> None:
         self.evidence(batch, self.frozen_prefix(batch))
 
