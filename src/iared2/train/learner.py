@@ -59,7 +59,7 @@ class Learner(Generic[Trained]):
         accelerator: Accelerator,
         shared: Sequence[object] = (),
     ) -> None:
-        self._whole, self._accelerator = task.to(accelerator.device), accelerator
+        self._callers, self._accelerator = task.to(accelerator.device), accelerator
         self.divided = accelerator.distributed_type is DistributedType.FSDP
         self.task = task
         if self.divided:
@@ -87,7 +87,7 @@ class Learner(Generic[Trained]):
         if self.divided:
             learnt = {name: _whole(value) for name, value in self.task.named_parameters() if value.requires_grad}
             with torch.no_grad():
-                for name, value in self._whole.named_parameters():
+                for name, value in self._callers.named_parameters():
                     if name in learnt:
                         value.copy_(learnt[name])
 
