@@ -238,7 +238,7 @@ def test_blocks_can_be_distilled_from_the_dense_model_as_it_was(tmp_path: Path) 
     backbone = tiny_run.tiny_backbone()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     feeds = tiny_run.tiny_feeds()
-    wrong = replace(feeds.train, arrays=replace(feeds.train.arrays, labels=(feeds.train.arrays.labels + 1) % 4))
+    wrong = replace(feeds.train, images=replace(feeds.train.images, labels=(feeds.train.images.labels + 1) % 4))
     run = RunSettings(tmp_path, "x", log_every=1)
     model = _train_reduction(recipe.reduction, backbone, Feeds(wrong, None), run, Accelerator(cpu=True))
     dense = tiny_run.tiny_backbone().eval()

@@ -1,7 +1,7 @@
 """Labelled pictures of one size held in memory as uint8, and batches made from them without decoding."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -163,20 +163,20 @@ def epoch_order(examples: int, seed: int, epoch: int, train: bool) -> Int[Tensor
     return torch.randperm(examples, generator=generator(seed, epoch)) if train else torch.arange(examples)
 
 
-class Readable(Protocol):
+class Readable(Sized, Protocol):
     """Pictures that are read on the way, and why some could not be."""
 
-    def __len__(self) -> int: ...
     @property
     def skipped(self) -> dict[str, str]: ...
 
 
-Pictures = TypeVar("Pictures", bound=Readable)
+Pictures = TypeVar("Pictures", bound=Sized)
+Read = TypeVar("Read", bound=Readable)
 
 
 @dataclass(frozen=True)
-class ReadBatches(Generic[Pictures]):
-    """What batches of pictures that are read on the way have in common; `epoch` is theirs to say."""
+class Paced(Generic[Pictures]):
+    """What all batches have in common; `epoch` is theirs to say. `batch_size` is per rank."""
 
     images: Pictures
     how: Preprocess
@@ -188,36 +188,27 @@ class ReadBatches(Generic[Pictures]):
     def examples(self) -> int:
         return len(self.images)
 
-    @property
-    def skipped(self) -> dict[str, str]:
-        return self.images.skipped
-
     def steps(self, world: int = 1) -> int:
         """Batches per epoch and rank; training drops the last incomplete one, evaluation keeps it."""
         return steps_per_epoch(self.examples, self.batch_size * world, self.train)
 
 
 @dataclass(frozen=True)
-class ArrayBatches:
+class ReadBatches(Paced[Read]):
+    """What batches of pictures that are read on the way have in common."""
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        return self.images.skipped
+
+
+@dataclass(frozen=True)
+class ArrayBatches(Paced[ImageArrays]):
     """Batches over `ImageArrays`; a pure function of (seed, epoch, step), so that a resumed run sees the same.
 
     Each batch is a dict: `images` (B, 3, H, W), `labels` (B,), `indices` (B,), and `targets` when the arrays
-    have them. `batch_size` is per rank; ranks read disjoint slices of the same permutation.
+    have them. Ranks read disjoint slices of the same permutation.
     """
-
-    arrays: ImageArrays
-    how: Preprocess
-    batch_size: int
-    seed: int = 0
-    train: bool = True
-
-    @property
-    def examples(self) -> int:
-        return len(self.arrays)
-
-    def steps(self, world: int = 1) -> int:
-        """Batches per epoch and rank; training drops the last incomplete one, evaluation keeps it."""
-        return steps_per_epoch(self.examples, self.batch_size * world, self.train)
 
     def epoch(self, epoch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         """The batches of one epoch for one rank, from step `start` on."""
@@ -230,7 +221,7 @@ class ArrayBatches:
             yield self._batch(order[places], None if uniform_5N is None else uniform_5N[:, places])
 
     def _batch(self, chosen: Int[Tensor, " b"], uniform_5B: Float[Tensor, "5 b"] | None) -> dict[str, Tensor]:
-        arrays = self.arrays
+        arrays = self.images
         pixels = arrays.pixels[chosen]
         images = plain_batch(pixels, self.how) if uniform_5B is None else random_views(pixels, self.how, uniform_5B)
         batch = {"images": images, "labels": arrays.labels[chosen], "indices": chosen}

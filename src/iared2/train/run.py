@@ -199,8 +199,8 @@ def _train_dense(dense: DenseSettings, backbone: nn.Module, feeds: Feeds, run: R
         if not isinstance(batches, ArrayBatches):
             raise ConfigError("dense.teacher: soft labels need pictures in memory; set data.in_memory=true")
         with accelerator.main_process_first():  # it writes the file that the others read
-            arrays = with_teacher(batches.arrays, dense.teacher, run.folder / "teacher.safetensors", accelerator.device)
-        batches = replace(batches, arrays=arrays)
+            arrays = with_teacher(batches.images, dense.teacher, run.folder / "teacher.safetensors", accelerator.device)
+        batches = replace(batches, images=arrays)
     weight, temperature = (dense.teacher.weight, dense.teacher.temperature) if dense.teacher else (0.0, 1.0)
     task = DenseTask(backbone, dense.smoothing, weight, temperature, dense.patch_drop)
     evaluate = None if feeds.held_out is None else partial(held_out_accuracy, backbone, feeds.held_out, accelerator.device)
