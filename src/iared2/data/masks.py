@@ -174,8 +174,8 @@ class MaskedImages:
             except DataError:  # a broken mask is told of when its picture's turn comes
                 continue
         raise DataError(
-            f"masks: all {len(self)} are empty (no pixel above half of white), so there is nothing to find; "
-            "wanted masks that are white on the object"
+            f"masks: all {len(self)} are empty (no pixel above half of white that `ignore/` leaves in), so there is nothing to find; "
+            "wanted masks that are white on the object; transparency does not count"
         )
 
 

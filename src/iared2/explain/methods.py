@@ -309,7 +309,9 @@ _ROW = "attention"
 METHODS: dict[str, Method] = {
     "ours": Method("our best map without a gradient: all groups' scores together, or one group's", _ours, detail="GROUP"),
     "ours_gradient": Method("our best map with one backward pass", _ours_gradient),
-    "attention": Method("class attention of a block: mean or max over heads, or one head", _attention, 1.0, "BLOCK", needs=_ROW),
+    "attention": Method(
+        "class attention of a block: mean or max over heads, or one head", _attention, 1.0, "BLOCK[:HEAD|:max]", needs=_ROW
+    ),
     "rollout": Method("attention rollout (Abnar and Zuidema 2020)", _looking(seen.rollout), needs=_ROW),
     "grad_rollout": Method("rollout of gradient times attention", _slopes(seen.gradient_rollout), 1 + BACKWARD, needs=_ROW),
     "gradcam": Method("GradCAM on the last block's tokens (Selvaraju et al. 2017)", _slopes(seen.gradcam), 1 + BACKWARD),
