@@ -233,7 +233,7 @@ def _plot(rows: list[Row], bench: Bench) -> None:
         right.plot(*zip(*smooth, strict=True), style, color=colour)
     left.set_xlabel("cosine of one gradient to the mean gradient")
     left.set_ylabel("greedy reward gained by learning")
-    right.set_xlabel("forward passes per picture of the batch")
+    right.set_xlabel("forward passes of a batch, over all batches")
     right.set_ylabel("sampled reward, above greedy before learning")
     left.legend(fontsize=6)
     for axes in (left, right):
