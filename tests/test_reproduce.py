@@ -31,8 +31,8 @@ def pictures(count: int, boxes: bool) -> ImageArrays:
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """The small scale on eight pictures of noise, interpreters only."""
-    for name in ("block_epochs", "warm_start_epochs"):
-        monkeypatch.setitem(bench_module._SMALL, f"reduction.{name}", 0)
+    for name, value in {"reduction.block_epochs": 0, "reduction.warm_start_epochs": 0, "data.batch_size": 8}.items():
+        monkeypatch.setitem(bench_module._SMALL, name, value)
     monkeypatch.setattr(Bench, "check", lambda _: None)
     bench = Bench(TINY, tmp_path, images=8, val_images=6)
     bench.__dict__["pictures"] = (pictures(8, boxes=False), pictures(6, boxes=True))
@@ -51,7 +51,6 @@ def test_the_papers_choice_is_one_run_for_all_tables(tmp_path: Path) -> None:
     bench = Bench(TINY, tmp_path)
     ours = bench.recipe({}, 0)
     shared = {
-        "table8": ["square, tau 1.5"],
         "groups": ["3 groups"],
         "gumbel": ["REINFORCE"],
         "table6": ["ours at the same budget"],
@@ -60,7 +59,10 @@ def test_the_papers_choice_is_one_run_for_all_tables(tmp_path: Path) -> None:
     for name, wanted in shared.items():
         found = [line.what.name for line in TABLES[name]().lines if bench.recipe(line.what.changes, 0) == ours]
         assert set(wanted) <= set(found), name
-    assert len({bench.recipe(line.what.changes, 0).model_dump_json() for line in TABLES["table8"]().lines}) == 6
+    rewards = [bench.recipe(line.what.changes, 0, start=line.what.start).reduction for line in TABLES["table8"]().lines]
+    assert len({one.reward.model_dump_json() for one in rewards}) == 6
+    assert {(one.warm_start_epochs, one.interpreter.start) for one in rewards} == {(0, "small")}
+    assert (ours.reduction.warm_start_epochs, ours.reduction.interpreter.start) == (0.25, "attention")
     reduction = ours.reduction
     assert (reduction.reward.target, reduction.reward.soft, reduction.on_drop, reduction.reward.error_penalty) == (
         "label",
@@ -116,7 +118,7 @@ def test_variance_counts_passes_and_starts_every_estimator_alike(small: Bench, m
     monkeypatch.setattr(variance, "DRAWS", 2)
     monkeypatch.setattr(variance, "PASSES", 8)
     monkeypatch.setattr(variance, "PICTURES", 4)
-    monkeypatch.setitem(bench_module._SMALL, "data.batch_size", 4)
+    monkeypatch.setattr(variance, "BATCH", {"data.batch_size": 4})
     monkeypatch.setitem(bench_module._SMALL, "reduction.reward.target", "dense")  # no label of noise is ever right
     assert run_reproduction("variance", small) == 0
     rows = json.loads((small.output / "variance.json").read_text())["rows"]

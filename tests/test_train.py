@@ -1,6 +1,7 @@
 """Algorithm 1 moves exactly what it names; runs resume exactly; what goes wrong says where."""
 
 import csv
+import math
 import random
 import signal
 import subprocess
@@ -292,6 +293,32 @@ def test_killed_at_a_random_step_and_resumed_the_weights_are_identical(tmp_path:
         columns = ("step", "loss") if ".val" not in path.name else ("step", "top1")
         pick = [[row[c] for c in columns] for row in csv.DictReader(path.open())]
         assert pick == [[row[c] for c in columns] for row in csv.DictReader((folder / "logs" / path.name).open())], path.name
+
+
+class Counting(Task):
+    """Remembers which pictures each step saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.seen, self.epochs = nn.Parameter(torch.ones(3)), [], []
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def forward(self, batch: dict) -> dict:
+        self.seen.append(batch["indices"].tolist())
+        return {"loss": self.weight.square().sum()}
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.01, 1), (0.25, 2), (0.5, 3), (1.5, 9), (2, 12)])
+def test_a_part_of_an_epoch_is_its_first_batches(epochs: float, steps: int, tmp_path: Path) -> None:
+    task, feed, evaluated = Counting(), tiny_run.tiny_feeds().train, []
+    stage = Stage("part", task, feed, epochs, OptimSettings(lr=1e-3, lr_batch=8), lambda: evaluated.append(len(task.seen)) or {"top1": 0.0})
+    Trainer(task, RunSettings(tmp_path, "x"), Accelerator(cpu=True)).fit([stage])
+    whole = [batch["indices"].tolist() for epoch in range(2) for batch in feed.epoch(epoch)]
+    assert task.seen == whole[:steps]
+    assert task.epochs == list(range(math.ceil(epochs))) and evaluated[-1] == steps
+    assert latest_checkpoint(tmp_path).name.startswith("stage01")
 
 
 class Poisoned(Task):

@@ -12,14 +12,14 @@ class StagePlan:
 
     kind: Kind
     group: int
-    epochs: int
+    epochs: float
 
     @property
     def name(self) -> str:
         return f"{self.kind}-{self.group + 1}"
 
 
-def algorithm_1(groups: int, interpreter_epochs: int, block_epochs: int, warm_start_epochs: int = 0) -> tuple[StagePlan, ...]:
+def algorithm_1(groups: int, interpreter_epochs: int, block_epochs: int, warm_start_epochs: float = 0) -> tuple[StagePlan, ...]:
     """The paper's curriculum: for each group its interpreter, then the blocks from there on.
 
     Args:
@@ -29,7 +29,7 @@ def algorithm_1(groups: int, interpreter_epochs: int, block_epochs: int, warm_st
     """
     plans = []
     for group in range(groups):
-        stages: list[tuple[Kind, int]] = [
+        stages: list[tuple[Kind, float]] = [
             ("warm_start", warm_start_epochs),
             ("interpreter", interpreter_epochs),
             ("blocks", block_epochs),

@@ -19,7 +19,7 @@ from iared2.evaluate.boxes import inside
 from iared2.evaluate.calibrate import Calibrator
 from iared2.model import ReducedTransformer, reduce
 from iared2.reducers.baselines import RandomReducer, with_reducers
-from iared2.reproduce.bench import Bench
+from iared2.reproduce.bench import Bench, Start
 from iared2.runtime import pick_device, precision
 from iared2.saving import load_reduced
 from iared2.tokens.grid import to_pixels
@@ -31,7 +31,7 @@ from iared2.train.trainer import Stage, Trainer
 logger = logging.getLogger("iared2.reproduce")
 
 Row = dict[str, Any]
-CALIBRATED_ON = 64  # training pictures on which thresholds for a budget are chosen
+CALIBRATED_ON = 256  # training pictures on which thresholds for a budget are chosen
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Configuration:
         threshold: one for all groups, in place of 0.5, without training again.
         budget: share of the dense multiply-adds that thresholds are chosen for, after training.
         base: DeiT-B at the paper's scale.
+        start: at the small scale, whether interpreters imitate before REINFORCE, or start from random weights as in the paper.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Configuration:
     threshold: float | None = None
     budget: float | None = None
     base: bool = False
+    start: Start = "imitation"
 
     def at(self, threshold: float) -> "Configuration":
         """The same model at another threshold."""
@@ -66,7 +68,7 @@ def figures(bench: Bench, what: Configuration, seed: int) -> Row:
         top1 (percent), correct (one digit per picture), macs_share, keep_ratio (per group), inside and outside_in (percent of the
         second group's map, and of its reverse, within boxes; None where there are none), seconds, and what was run.
     """
-    recipe = bench.recipe(what.changes, seed, what.base)
+    recipe = bench.recipe(what.changes, seed, what.base, what.start)
     folder = bench.output / "runs" / f"{what.kind}-{digest(recipe)}-{seed}"
     path = folder / f"figures-{digest(what.threshold, what.budget, bench.val_images)}.json"
     known = read_json(path)
@@ -79,7 +81,7 @@ def figures(bench: Bench, what: Configuration, seed: int) -> Row:
         met = what.budget is None or _meet(model, bench, recipe, what.budget)
         found = measure(model, bench.held_out(recipe, model.backbone), bench.pictures[1])
     row: Row = {"name": what.name, "seed": seed, **found, "budget_met": met, "seconds": round(time.perf_counter() - start, 1)}
-    row |= {"changes": dict(what.changes), "kind": what.kind, "threshold": what.threshold, "budget": what.budget}
+    row |= {"changes": dict(what.changes), "kind": what.kind, "threshold": what.threshold, "budget": what.budget, "start": what.start}
     write_json(path, row)
     logger.info(
         "%s, seed %d: top-1 %.2f %% at %.3fx of the multiply-adds, %.0f s", what.name, seed, row["top1"], row["macs_share"], row["seconds"]

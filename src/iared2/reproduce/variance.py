@@ -36,6 +36,7 @@ GROUP = 1  # counted from 0: the one whose maps the paper shows
 DRAWS = 48  # gradients per estimator, on one batch
 PASSES = 480  # forward passes of a batch behind the prefix that learning may use, over all batches
 PICTURES = 128  # at most this many pictures to learn on
+BATCH = {"data.batch_size": 8}  # small, so that there is noise to see
 
 
 def estimators() -> list[tuple[str, EstimatorConfig]]:
@@ -60,7 +61,7 @@ def run_variance(bench: Bench) -> int:
     """Measures every estimator with every seed, and writes OUT/variance.json, .md and .png."""
     rows: list[Row] = []
     for seed in range(bench.seeds):
-        how = digest(bench.recipe({}, seed), DRAWS, PASSES, PICTURES)
+        how = digest(bench.recipe(BATCH, seed), DRAWS, PASSES, PICTURES)
         path = bench.output / "runs" / f"variance-{bench.scale}-{how}-{seed}.json"
         known = read_json(path)
         if known is None:
@@ -74,7 +75,7 @@ def run_variance(bench: Bench) -> int:
 
 
 def _study(bench: Bench, seed: int) -> list[Row]:
-    recipe = bench.recipe({}, seed)
+    recipe = bench.recipe(BATCH, seed)
     settings = recipe.reduction or ReductionSettings()
     device = pick_device(bench.device)
     with precision(device, "bfloat16" if recipe.precision == "bf16" else "float32"):

@@ -82,7 +82,9 @@ class ReductionSettings(Settings):
     on_drop: OnDrop = "discard"
     interpreter_epochs: Whole = Field(10, ge=0)
     block_epochs: Whole = Field(20, ge=0, description="0 trains interpreters only")
-    warm_start_epochs: Whole = Field(0, ge=0, description="imitation before REINFORCE; not in the paper")
+    warm_start_epochs: float = Field(
+        0, ge=0, le=1e6, strict=True, description="imitation before REINFORCE; not in the paper; 0.25: a quarter"
+    )
     warm_start_ratios: tuple[Share, ...] = Field((), description="share of the grid that imitation keeps, per group")
     warm_start_sharpness: float = Field(1.0, ge=1, description="how many times steeper than probabilities scores become in imitation")
     warm_start_blur: float = Field(0.0, ge=0, le=100, description="blur of the evidence to imitate: standard deviation in patches")

@@ -7,6 +7,7 @@ renamed, so a kill at any moment leaves a whole one.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -77,13 +78,14 @@ class Task(nn.Module):
 class Stage:
     """One entry of a curriculum: what is trained, on what, for how long, and how.
 
-    `evaluate` gives held-out figures, about five times a stage and at its end.
+    `evaluate` gives held-out figures, about five times a stage and at its end. `epochs` may end within one: 0.25 is a quarter of the
+    first one's batches.
     """
 
     name: str
     task: Task
     batches: Batches
-    epochs: int
+    epochs: float
     optim: OptimSettings
     evaluate: Callable[[], dict[str, float]] | None = None
 
@@ -130,7 +132,8 @@ class Trainer:
         """Trains one stage from step `start` on; returns how many steps it has."""
         accelerator, world = self.accelerator, self.accelerator.num_processes
         per_epoch = stage.batches.steps(world)
-        total = stage.epochs * per_epoch
+        total = max(1, round(stage.epochs * per_epoch))
+        epochs = math.ceil(stage.epochs)
         stage.task.begin()
         if start == 0:
             stage.task.first_look(stage.batches)
@@ -143,10 +146,10 @@ class Trainer:
         log = StageLog(self.settings.folder, stage.name, start, total, accelerator.is_main_process)
         step = start
         with log:
-            for epoch in range(start // per_epoch, stage.epochs):
+            for epoch in range(start // per_epoch, epochs):
                 learner.task.begin_epoch(epoch)
-                first = step - epoch * per_epoch
-                for batch in stage.batches.epoch(epoch, first, accelerator.process_index, world):
+                batches = stage.batches.epoch(epoch, step - epoch * per_epoch, accelerator.process_index, world)
+                for batch in islice(batches, total - step):
                     set_rate(learner.optimizer.param_groups, schedule_factor(stage.optim, step, total))
                     seed_all(self.settings.seed, index, step, accelerator.process_index)
                     with draws_of_batch(
@@ -158,7 +161,7 @@ class Trainer:
                     log.step(step, images, epoch + 1, learner.optimizer.param_groups[0]["lr"], logs, self.settings.log_every)
                     if step % self.settings.checkpoint_every == 0 and step < total:
                         self._save(stage, step, Place(stage=index, step=step), learner)
-                due = (epoch + 1) % max(1, stage.epochs // 5) == 0 or epoch + 1 == stage.epochs
+                due = (epoch + 1) % max(1, epochs // 5) == 0 or epoch + 1 == epochs
                 if stage.evaluate is None or not due:
                     continue
                 learner.collect()
