@@ -5,8 +5,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import iared2
 import oracle
 import packs
+from families import FAMILIES
 from iared2.handover import carriers, comparing_macs, hand_over
 from iared2.similarity import compare
 from iared2.tokens.packed import GONE, PackedTokens, Selection, gone_rows, select, select_places
@@ -168,3 +170,59 @@ def test_merging_without_similarities_is_a_mistake_of_the_caller():
 
 def test_comparing_costs_one_product_per_pair_and_one_norm_per_token():
     assert comparing_macs(5, 7) == 5 * 5 * 7 + 5 * 7
+
+
+@pytest.mark.parametrize("place", ["before", "between"])
+@pytest.mark.parametrize("block", [0, 2])
+@pytest.mark.parametrize("weights", ["mass", "score"])
+def test_tokens_are_compared_as_the_next_half_of_the_block_reads_them(place, block, weights):
+    """Step by step through timm's own modules, in float64: who carries whom, and what comes of it."""
+    backbone = FAMILIES["deit"].build().double().eval()
+    images = FAMILIES["deit"].images(2).double()
+    module, draw = backbone.blocks[block], torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for norm in (module.norm1, module.norm2):  # so that the order of similarity is not that of the tokens themselves
+            norm.weight.copy_(torch.rand(len(norm.weight), generator=draw, dtype=torch.float64) ** 4)
+        x_BSD = backbone._pos_embed(backbone.patch_embed(images))
+        for earlier in backbone.blocks[:block]:
+            x_BSD = earlier(x_BSD)
+        x_BSD = x_BSD if place == "before" else x_BSD + module.attn(module.norm1(x_BSD))
+        read_BSD = (module.norm1 if place == "before" else module.norm2)(x_BSD)
+    settings = {"similarity": "tokens", "weights": weights, "place": place, "rule": "top_k", "ratios": (0.4,)}
+    model = iared2.reduce(backbone, (block,), on_drop="merge", **settings).eval()
+    with torch.no_grad():
+        state = model.walk_to(model.start(images), 0, reduce=())
+        after = model.reduce_with(state, 0)
+    (reduction,), prefix, count = after.reductions, backbone.num_prefix_tokens, x_BSD.shape[1]
+    chosen, other = reduction.chosen.index_S.tolist(), []
+    for image in range(2):
+        score_S = reduction.score_T[image * count : (image + 1) * count]
+        kept = [row for row in range(prefix, count) if image * count + row in chosen]
+        gone = [row for row in range(prefix, count) if row not in kept]
+        goal = oracle.nearest(read_BSD[image], gone, kept)
+        other.append(goal != oracle.nearest(x_BSD[image], gone, kept))
+        for row in kept:
+            parts = [row] + [part for part in gone if goal[part] == row]
+            count_P = torch.ones(len(parts)).double() if weights == "mass" else score_S[parts].double()
+            wanted_D = (x_BSD[image, parts] * count_P[:, None]).sum(0) / count_P.sum()
+            assert torch.allclose(after.tokens.x_TD[chosen.index(image * count + row)], wanted_D, atol=1e-6)
+            assert after.tokens.mass_T[chosen.index(image * count + row)] == len(parts)
+    assert any(other), "the norm changed nothing, so this test would not see it missing"
+
+
+def test_what_tokens_are_compared_by_costs_the_same_and_is_asked_for_alone():
+    images = FAMILIES["deit"].images(2)
+    models = [iared2.reduce(FAMILIES["deit"].build(), (1, 2), on_drop="merge", similarity=by).eval() for by in ("keys", "tokens")]
+    for model, width in zip(models, (8, 32), strict=True):
+        state = model.walk_to(model.start(images), 0, reduce=())
+        assert state.key_THK.shape[-1] == width  # four heads of eight, or the token as one
+    first, second = (model.macs((32, 32), 16, (8, 4)) for model in models)
+    assert first == second
+    models[1].configure(on_drop="discard")  # then nothing is compared
+    assert models[1].walk_to(models[1].start(images), 0, reduce=()).key_THK is None
+
+
+def test_blocks_whose_norms_come_last_are_read_as_they_are():
+    model = iared2.reduce(FAMILIES["res_post_norm"].build(), (1,), on_drop="merge", similarity="tokens", place="between").eval()
+    tokens = model.start(FAMILIES["res_post_norm"].images(1)).tokens
+    assert model.adapter.read(1, tokens, half=True) is tokens.x_TD

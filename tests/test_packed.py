@@ -130,6 +130,28 @@ def test_to_grid_fills_every_place_by_its_carrier(kept, prefix, seed):
             assert torch.equal(patch_BND[image, place], own[at] if at != GONE else torch.zeros(4).double())
 
 
+@given(kept=packs.images, prefix=PREFIX, keep_length=st.booleans(), seed=packs.seeds)
+def test_weights_and_lengths_of_averages(kept, prefix, keep_length, seed):
+    """By loops: a part counts its mass times its weight; masses know no weights, and lengths are averaged like tokens."""
+    tokens, draw = make_pack(kept, prefix, seed=seed), torch.Generator().manual_seed(seed)
+    weight_T = torch.rand(len(tokens.x_TD), dtype=torch.float64, generator=draw) + 0.1
+    for _ in range(2):  # masses differ the second time
+        chosen = select(packs.keep_mask(tokens.layout, draw, 0.5), tokens.layout)
+        carrier_T = random_carriers(tokens, chosen, draw)
+        after = merged(tokens, chosen, carrier_T, weight_T=weight_T, keep_length=keep_length)
+        mass_T = torch.ones_like(weight_T) if tokens.mass_T is None else tokens.mass_T
+        for row, own in enumerate(chosen.index_S.tolist()):
+            parts = [other for other, goal in enumerate(carrier_T.tolist()) if goal == own]
+            counts = torch.stack([mass_T[part] * weight_T[part] for part in parts])
+            wanted = sum(c * tokens.x_TD[part] for c, part in zip(counts, parts, strict=True)) / counts.sum()
+            if keep_length and len(parts) > 1:
+                length = sum(c * tokens.x_TD[part].norm() for c, part in zip(counts, parts, strict=True)) / counts.sum()
+                wanted = wanted * length / wanted.norm()
+            assert torch.allclose(after.x_TD[row], wanted, atol=1e-9)
+            assert after.mass_T[row] == sum(mass_T[part] for part in parts)
+        tokens, weight_T = after, weight_T[chosen.index_S]
+
+
 def test_a_token_that_receives_nothing_keeps_its_bits():
     tokens = make_pack([[0, 1, 2]], 0, dtype=torch.float32)
     tokens = merged(tokens, select(torch.tensor([True, True, False]), tokens.layout), torch.tensor([0, 1, 0]))

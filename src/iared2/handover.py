@@ -2,12 +2,15 @@
 
 `discard` is the paper's. `merge` averages each dropped token, by mass, into the most similar kept patch token
 of its image; from then on attention counts a token as often as it has patches. Where an image keeps no patch,
-nothing is handed over. Similarity is the cosine between features (the previous block's keys, heads concatenated).
+nothing is handed over. Similarity is the cosine between features: the last attention's keys, heads concatenated, or the tokens as
+the next half of the block reads them. In the average each patch may also count by its score: what matters then changes little
+when what does not matter is handed to it.
 `fuse` averages all dropped tokens of an image into one summary token, which goes on in the place of the best of them (EViT's
 idea, weighted by mass here); the next reduction judges it like any other token.
 """
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +20,23 @@ from iared2.similarity import Cosines, nearest_among
 from iared2.tokens.packed import PackedTokens, Selection, gone_rows, merge, take, with_best_of_gone
 
 OnDrop = Literal["discard", "merge", "fuse"]
+Similarity = Literal["keys", "tokens"]
+Weights = Literal["mass", "score"]
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How dropped tokens are merged.
+
+    Attributes:
+        keep_length: merged tokens get the average length of their parts (`packed.merge`).
+        similarity: what tokens are compared by.
+        weights: what a part counts in the average: its patches, or each of them times the part's score.
+    """
+
+    keep_length: bool = False
+    similarity: Similarity = "keys"
+    weights: Weights = "mass"
 
 
 def hand_over(
@@ -25,14 +45,14 @@ def hand_over(
     how: OnDrop,
     cosines: Cosines | None = None,
     relevance_T: Float[Tensor, " T"] | None = None,
-    keep_length: bool = False,
+    **average: Any,
 ) -> PackedTokens:
     """Goes on with the chosen rows and disposes of the others.
 
     Args:
         cosines: similarities between the tokens; needed by "merge" alone.
         relevance_T: says which dropped token is the best of its image; needed by "fuse" alone.
-        keep_length: merged tokens get the average length of their parts (`packed.merge`).
+        average: how merged tokens are averaged: `keep_length` and `weight_T` of `packed.merge`.
     """
     rows = tokens.layout.image_T.shape[0]
     if how == "discard":
@@ -42,11 +62,11 @@ def hand_over(
             raise ValueError("hand-over: 'fuse' needs to know how relevant tokens are")
         chosen, summary_B = with_best_of_gone(chosen, relevance_T, tokens.layout)
         gone_G = gone_rows(chosen, rows)
-        return merge(tokens, chosen, gone_G, summary_B[tokens.layout.image_T[gone_G]], keep_length)
+        return merge(tokens, chosen, gone_G, summary_B[tokens.layout.image_T[gone_G]], **average)
     if cosines is None:
         raise ValueError("hand-over: 'merge' needs to know how similar tokens are")
     gone_G = gone_rows(chosen, rows)
-    return merge(tokens, chosen, gone_G, carriers(cosines, chosen, gone_G), keep_length)
+    return merge(tokens, chosen, gone_G, carriers(cosines, chosen, gone_G), **average)
 
 
 def carriers(cosines: Cosines, chosen: Selection, gone_G: Int[Tensor, " G"]) -> Int[Tensor, " G"]:

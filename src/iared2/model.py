@@ -62,7 +62,7 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
             interpreter = Interpreter(self.adapter.width, heads, config.interpreter).to(device)
             rule = config.keep_rule(group, self.adapter.needs_patch)
             worth = None if config.worth is None else Worth(config.worth).to(device)
-            self.reducers.append(InterpreterReducer(interpreter, rule, config.on_drop, worth, config.keep_length))
+            self.reducers.append(InterpreterReducer(interpreter, rule, config.on_drop, worth, config.merging))
         self.config = config
         self.labels: list[str] | None = None  # class names, where the model knows them
         self.files: tuple[Path, ...] = ()  # the weights files it was loaded from
@@ -119,7 +119,7 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
         self.configure(rule="threshold", thresholds=values)
 
     def configure(self, **changes: Any) -> None:
-        """Changes `rule`, `thresholds`, `ratios`, `on_drop` or `keep_length`; learned weights stay.
+        """Changes `rule`, `thresholds`, `ratios`, or how what is dropped is handed over; learned weights stay.
 
         Raises:
             ConfigError: a setting that does not exist or does not fit.
@@ -133,7 +133,7 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
             raise explain_validation(error) from None
         rules = [config.keep_rule(group, self.adapter.needs_patch) for group in range(len(self.reducers))]
         for reducer, rule in zip(self.reducers, rules, strict=True):
-            reducer.rule, reducer.on_drop, reducer.keep_length = rule, config.on_drop, config.keep_length
+            reducer.rule, reducer.on_drop, reducer.merging = rule, config.on_drop, config.merging
         self.config = config
 
     # ---- taking apart, saving, loading ------------------------------------------------------------------
@@ -175,7 +175,7 @@ def reduce(
         groups: how many equal groups, or the first block of each group.
         interpreter: how patches are scored.
         on_drop: "discard" dropped tokens as in the paper, "merge" them into kept ones, or "fuse" them into one summary token.
-        settings: `place`, `worth`, `keep_length`, `rule`, `thresholds`, `ratios` of `ReductionConfig`.
+        settings: `place`, `worth`, `keep_length`, `similarity`, `weights`, `rule`, `thresholds`, `ratios` of `ReductionConfig`.
 
     Raises:
         UnsupportedBackboneError: no adapter fits the backbone.

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_serializer, model_validator
 
 from iared2.errors import ConfigError
-from iared2.handover import OnDrop
+from iared2.handover import Merging, OnDrop, Similarity, Weights
 from iared2.interpreter import InterpreterConfig
 from iared2.keep import BatchBudget, KeepRule, Threshold, TopK
 from iared2.settings import Settings
@@ -26,6 +26,8 @@ class ReductionConfig(Settings):
     ratios: tuple[float, ...] = Field((), description="share of the grid kept after each group (top_k, batch_budget)")
     on_drop: OnDrop = "discard"
     keep_length: bool = Field(False, description="merged tokens keep the average length of their parts, not that of the average")
+    similarity: Similarity = Field("keys", description="tokens are compared by keys, or as the next half of the block reads them")
+    weights: Weights = Field("mass", description="parts of a merged token count by their patches, or by those times their scores")
 
     @model_validator(mode="after")
     def _one_value_per_group(self) -> "ReductionConfig":
@@ -45,6 +47,11 @@ class ReductionConfig(Settings):
     @field_serializer("thresholds", when_used="json")
     def _no_infinity_in_json(self, values: tuple[float, ...]) -> list[float | str]:
         return [value if math.isfinite(value) else str(value) for value in values]
+
+    @property
+    def merging(self) -> Merging:
+        """How dropped tokens are merged."""
+        return Merging(self.keep_length, self.similarity, self.weights)
 
     def keep_rule(self, group: int, spare_best: bool) -> KeepRule:
         """The keep rule of a group."""

@@ -18,7 +18,8 @@ class State:
     """A forward pass paused before a block, or between its halves.
 
     Attributes:
-        key_THK, class_TH: keys, and the class token's logits, of the last attention, where the next reducer wants them.
+        key_THK, class_TH: keys, and the class token's logits, of the last attention, where the next reducer wants them. In place of
+            keys, the tokens as the next half of the block reads them, as one head, where it wants those.
         block: the block that comes next, or whose second half does.
         reductions: what was dropped so far.
         half: whether the block's attention has run.
@@ -47,7 +48,8 @@ class Walker(nn.Module):
 
     def start(self, images: Float[Tensor, "B C height width"]) -> State:
         """Pixels -> the state before block 0."""
-        return State(self.adapter.embed(images), None, 0)
+        tokens = self.adapter.embed(images)
+        return State(tokens, self._read(tokens, 0, half=False), 0)
 
     def walk(self, state: State, stop: int, reduce: Sequence[int] | None = None) -> State:
         """Runs blocks up to (not including) `stop`, with the reducers of the given groups (all by default)."""
@@ -90,15 +92,27 @@ class Walker(nn.Module):
 
     def attend_block(self, state: State, block: int) -> State:
         """The first half of a block. Its keys and class logits are kept only where the next reducer asks for them."""
-        place = block if self.config.place == "between" else block + 1
-        keys, logits = False, False
-        if place in self.config.first_blocks:
-            reducer = self.reducers[self.config.first_blocks.index(place)]
-            keys, logits = reducer.wants_keys, reducer.wants_class
+        reducer = self._reducer_at(block if self.config.place == "between" else block + 1)
+        keys, logits = (False, False) if reducer is None else (reducer.wants_keys, reducer.wants_class)
         # Adapters of other packages may not know of class logits.
         attended = self.adapter.attend(block, state.tokens, keys, **({"want_class": True} if logits else {}))
-        return replace(state, tokens=attended.tokens, key_THK=attended.key_THK, class_TH=attended.class_TH, block=block, half=True)
+        seen = self._read(attended.tokens, block, half=True)
+        key_THK = attended.key_THK if seen is None else seen
+        return replace(state, tokens=attended.tokens, key_THK=key_THK, class_TH=attended.class_TH, block=block, half=True)
 
     def feed_block(self, state: State, block: int) -> State:
         """The second half of a block."""
-        return replace(state, tokens=self.adapter.feed(block, state.tokens), block=block + 1, half=False)
+        tokens = self.adapter.feed(block, state.tokens)
+        seen = self._read(tokens, block + 1, half=False)
+        return replace(state, tokens=tokens, key_THK=state.key_THK if seen is None else seen, block=block + 1, half=False)
+
+    def _reducer_at(self, block: int) -> Any:
+        """The reducer that acts at this block; None where there is none."""
+        blocks = self.config.first_blocks
+        return self.reducers[blocks.index(block)] if block in blocks else None
+
+    def _read(self, tokens: PackedTokens, block: int, half: bool) -> Tensor | None:
+        """The tokens as this half of the block reads them, as one head, if the reducer in front of it compares them so."""
+        reducer = self._reducer_at(block) if half == (self.config.place == "between") else None
+        # Reducers of other packages may not know of this.
+        return self.adapter.read(block, tokens, half)[:, None] if getattr(reducer, "wants_tokens", False) else None

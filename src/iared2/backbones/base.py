@@ -109,6 +109,14 @@ class BackboneAdapter(ABC):
     def feed(self, block: int, tokens: PackedTokens) -> PackedTokens:
         """Second half of a block: norm, feed-forward network, scale, drop path, residual."""
 
+    def read(self, block: int, tokens: PackedTokens, half: bool) -> Float[Tensor, "T D"]:
+        """Tokens as the first half of a block reads them, or the second (`half`); by default as they are.
+
+        A norm in front of it belongs to it: it knows which channels matter.
+        """
+        del block, half
+        return tokens.x_TD
+
     @abstractmethod
     def norm(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """The norm after the last block."""

@@ -112,6 +112,12 @@ class TimmViTAdapter(BackboneAdapter):
             return tokens  # attention and feed-forward ran side by side in `attend`
         return tokens.with_x(x_TD + delta)
 
+    def read(self, block: int, tokens: PackedTokens, half: bool) -> Float[Tensor, "T D"]:
+        module: Any = self.module.blocks[block]
+        if not isinstance(module, vit.Block):  # norms come last, or there are several
+            return tokens.x_TD
+        return (module.norm2 if half else module.norm1)(tokens.x_TD)
+
     def norm(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         return self.module.norm(x)
 

@@ -49,11 +49,13 @@ class Reducer(nn.Module, ABC):
 
     Attributes:
         wants_keys: whether `forward` needs the keys of the attention before it.
+        wants_tokens: whether it takes, in place of keys, the tokens as the next half of the block reads them.
         wants_class: whether `forward` needs the class token's logits in that attention.
         merges: whether dropped patches live on in kept ones.
     """
 
     wants_keys: bool = False
+    wants_tokens: bool = False
     wants_class: bool = False
     merges: bool = False
 
@@ -64,7 +66,8 @@ class Reducer(nn.Module, ABC):
         """Reduces one pack.
 
         Args:
-            key_THK: keys of the attention before it, for the same rows; None before block 0, or where nobody wants them.
+            key_THK: keys of the attention before it, for the same rows (or what `wants_tokens` asks for, as one head); None where
+                there are none, as before block 0, or where nobody wants them.
             class_TH: the class token's logits in that attention, likewise.
         """
 

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from iared2.handover import OnDrop, comparing_macs, hand_over
+from iared2.handover import Merging, OnDrop, comparing_macs, hand_over
 from iared2.interpreter import Interpreter
 from iared2.keep import KeepRule
 from iared2.reducers.base import Reducer, Reduction
 from iared2.similarity import Cosines, compare
 from iared2.tokens.packed import PackedTokens
 from iared2.worth import Worth
+
+_PLAIN = Merging()
+_LEAST = 1e-4  # of a score as a weight, so that no average is divided by nothing
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,23 @@ class InterpreterReducer(Reducer):
         worth: makes chances of scores; None lets the rule act on the score itself, as the paper does.
         rule: the keep rule; may be replaced at any time.
         on_drop: "discard", "merge" or "fuse".
-        keep_length: whether merged tokens keep the average length of their parts.
+        merging: how dropped tokens are merged.
     """
 
     def __init__(
-        self, interpreter: Interpreter, rule: KeepRule, on_drop: OnDrop, worth: Worth | None = None, keep_length: bool = False
+        self, interpreter: Interpreter, rule: KeepRule, on_drop: OnDrop, worth: Worth | None = None, merging: Merging = _PLAIN
     ) -> None:
         super().__init__()
         self.interpreter, self.rule, self.on_drop, self.worth = interpreter, rule, on_drop, worth
-        self.keep_length = keep_length
+        self.merging = merging
 
     @property
     def wants_keys(self) -> bool:  # type: ignore[override]
-        return self._matches or (self.worth is not None and self.worth.compares)
+        return self._compares and self.merging.similarity == "keys"
+
+    @property
+    def wants_tokens(self) -> bool:  # type: ignore[override]
+        return self._compares and self.merging.similarity == "tokens"
 
     @property
     def wants_class(self) -> bool:  # type: ignore[override]
@@ -56,6 +63,11 @@ class InterpreterReducer(Reducer):
     @property
     def merges(self) -> bool:  # type: ignore[override]
         return self.on_drop != "discard"
+
+    @property
+    def _compares(self) -> bool:
+        """Whether tokens are compared at all."""
+        return self._matches or (self.worth is not None and self.worth.compares)
 
     @property
     def _matches(self) -> bool:
@@ -74,15 +86,17 @@ class InterpreterReducer(Reducer):
         if self.worth is None:
             cosines = compare(features_TF, tokens.layout) if self._matches else None
             return Judged(score_T, score_T, cosines)
-        cosines = compare(features_TF, tokens.layout, self.worth.relevance(score_T, tokens).detach()) if self.wants_keys else None
+        cosines = compare(features_TF, tokens.layout, self.worth.relevance(score_T, tokens).detach()) if self._compares else None
         return Judged(score_T, self.worth(score_T, tokens, cosines), cosines)
 
     def apply_rule(self, rule: KeepRule, tokens: PackedTokens, judged: Judged) -> Reduction:
         """The reduction that `rule` makes of judged tokens (training applies several rules to the same)."""
         chosen = rule(judged.chance_T, tokens.layout)
-        after = hand_over(tokens, chosen, self.on_drop, judged.cosines, judged.chance_T, self.keep_length)
+        weight_T = None if self.merging.weights == "mass" else judged.score_T.detach().clamp(min=_LEAST)
+        average = {"keep_length": self.merging.keep_length, "weight_T": weight_T}
+        after = hand_over(tokens, chosen, self.on_drop, judged.cosines, judged.chance_T, **average)
         return Reduction(tokens.layout, judged.score_T, chosen, after, None if self.worth is None else judged.chance_T)
 
     def macs(self, entering: int, kept: int) -> int:
         del kept
-        return self.interpreter.macs(entering) + (comparing_macs(entering, self.interpreter.width) if self.wants_keys else 0)
+        return self.interpreter.macs(entering) + (comparing_macs(entering, self.interpreter.width) if self._compares else 0)

@@ -287,15 +287,21 @@ def gone_rows(chosen: Selection, rows: int) -> Int[Tensor, " G"]:
 
 
 def merge(
-    tokens: PackedTokens, chosen: Selection, gone_G: Int[Tensor, " G"], carrier_G: Int[Tensor, " G"], keep_length: bool = False
+    tokens: PackedTokens,
+    chosen: Selection,
+    gone_G: Int[Tensor, " G"],
+    carrier_G: Int[Tensor, " G"],
+    keep_length: bool = False,
+    weight_T: Float[Tensor, " T"] | None = None,
 ) -> PackedTokens:
-    """Keeps the chosen rows; every other row is averaged, by mass, into its carrier.
+    """Keeps the chosen rows; every other row is averaged, by mass times weight, into its carrier.
 
     Args:
         gone_G: the rows that were not chosen.
         carrier_G: for each of them the chosen row that carries it on; -1 if it is lost.
         keep_length: the average is stretched to the average length of what went into it. The average of vectors that differ is
             shorter than they are, and a pre-norm block takes a short token for a faint one.
+        weight_T: above zero, what one patch of each row counts in averages; by default all count alike. Masses know no weights.
     """
     layout, rows = tokens.layout, chosen.index_S.shape[0]
     own_T = torch.ones_like(layout.image_T, dtype=torch.promote_types(tokens.x_TD.dtype, torch.float32))  # bf16 counts to 256 only
@@ -307,7 +313,8 @@ def merge(
     slot_G = torch.where(carrier_G < 0, rows, slot_T[carrier_G.clamp(min=0)])
     spare_S = torch.nn.functional.pad(chosen.index_S, (0, 1))
     total_S = own_T[spare_S].index_add(0, slot_G, own_T[gone_G])[:rows]
-    x_SD = _averaged(tokens.x_TD, own_T, spare_S, gone_G, slot_G, keep_length)[:rows]
+    counts_T = own_T if weight_T is None else own_T * weight_T
+    x_SD = _averaged(tokens.x_TD, counts_T, spare_S, gone_G, slot_G, keep_length)[:rows]
     # Every place's own row has gone to `place_T`; what was carried before follows its carrier.
     place_T = layout.origin_T.index_copy(0, gone_G, torch.where(carrier_G < 0, GONE, layout.origin_T[carrier_G.clamp(min=0)]))
     moved_BN = table_BN = scatter_places(place_T + 1, layout) - 1  # places without a row of their own stay at -1
@@ -316,11 +323,12 @@ def merge(
     return PackedTokens(x_SD, _shortened(layout, chosen), total_S, moved_BN)
 
 
-def _averaged(x_TD: Tensor, own_T: Tensor, index_S: Tensor, gone_G: Tensor, slot_G: Tensor, keep_length: bool) -> Float[Tensor, "S D"]:
-    """The rows at `index_S` (the last one spare), with the dropped rows averaged in. Few kept rows receive any: the others are only copied.
+def _averaged(x_TD: Tensor, counts_T: Tensor, index_S: Tensor, gone_G: Tensor, slot_G: Tensor, keep_length: bool) -> Float[Tensor, "S D"]:
+    """The rows at `index_S` (the last one spare), with the dropped rows averaged in by what each row counts.
 
-    A heap is a kept row that receives, and the dropped rows that it receives. Heaps are numbered in the order of their receivers; there are
-    at most as many as dropped rows, and numbers beyond the last heap belong to the spare row, so that no shape depends on how many receive.
+    Few kept rows receive any: the others are only copied. A heap is a kept row that receives, and the dropped rows that it receives. Heaps
+    are numbered in the order of their receivers; there are at most as many as dropped rows, and numbers beyond the last heap belong to the
+    spare row, so that no shape depends on how many receive.
     """
     spare = index_S.shape[0] - 1
     receives_S = torch.zeros_like(index_S).index_fill(0, slot_G, 1)
@@ -329,12 +337,12 @@ def _averaged(x_TD: Tensor, own_T: Tensor, index_S: Tensor, gone_G: Tensor, slot
     # All that lies in heaps: first one receiver per heap, then the dropped rows.
     heap_G2 = torch.cat([torch.arange(gone_G.shape[0], device=gone_G.device), heap_G])
     row_G2 = torch.cat([index_S[receiver_G], gone_G])
-    part_G2D, mass_G2 = x_TD[row_G2].to(own_T.dtype), own_T[row_G2]
+    part_G2D, count_G2 = x_TD[row_G2].to(counts_T.dtype), counts_T[row_G2]
     zeros_GD = part_G2D.new_zeros(gone_G.shape[0], part_G2D.shape[1])
-    mass_G = zeros_GD[:, 0].index_add(0, heap_G2, mass_G2)
-    mean_GD = zeros_GD.index_add(0, heap_G2, part_G2D * mass_G2[:, None]) / mass_G[:, None]
+    total_G = zeros_GD[:, 0].index_add(0, heap_G2, count_G2)
+    mean_GD = zeros_GD.index_add(0, heap_G2, part_G2D * count_G2[:, None]) / total_G[:, None]
     if keep_length:
-        length_G = zeros_GD[:, 0].index_add(0, heap_G2, part_G2D.norm(dim=1) * mass_G2) / mass_G
+        length_G = zeros_GD[:, 0].index_add(0, heap_G2, part_G2D.norm(dim=1) * count_G2) / total_G
         mean_GD = torch.nn.functional.normalize(mean_GD, dim=1) * length_G[:, None]
     return x_TD[index_S].index_copy(0, receiver_G, mean_GD.to(x_TD.dtype))
 

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from iared2.budget import parse_budget
 from iared2.errors import ConfigError
-from iared2.handover import OnDrop
+from iared2.handover import OnDrop, Similarity, Weights
 from iared2.interpreter import InterpreterConfig
 from iared2.settings import Settings
 from iared2.train.optim import OptimSettings, Whole
@@ -34,6 +34,8 @@ class TogetherSettings(Settings):
     worth: WorthConfig | None = WorthConfig()
     on_drop: OnDrop = "merge"
     keep_length: bool = Field(True, description="merged tokens keep the average length of their parts")
+    similarity: Similarity = Field("tokens", description="tokens are compared by keys, or as the next half of the block reads them")
+    weights: Weights = Field("score", description="parts of a merged token count by their patches, or by those times their scores")
     against: float = Field(0.3, ge=0, description="how much evidence against the predicted class counts")
     blur: float = Field(
         0.0, ge=0, le=100, description="blur of the evidence to imitate: standard deviation in patches; what is left gathers"
