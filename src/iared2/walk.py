@@ -26,7 +26,7 @@ class State:
     """
 
     tokens: PackedTokens
-    key_THK: Float[Tensor, "T H K"] | None
+    key_THK: Float[Tensor, "T _H K"] | None
     block: int
     reductions: tuple[Reduction, ...] = ()
     class_TH: Float[Tensor, "T H"] | None = None

@@ -61,7 +61,7 @@ class Reducer(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, tokens: PackedTokens, key_THK: Float[Tensor, "T H K"] | None, class_TH: Float[Tensor, "T H"] | None = None
+        self, tokens: PackedTokens, key_THK: Float[Tensor, "T _H K"] | None, class_TH: Float[Tensor, "T H"] | None = None
     ) -> Reduction:
         """Reduces one pack.
 

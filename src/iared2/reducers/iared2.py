@@ -75,7 +75,7 @@ class InterpreterReducer(Reducer):
         return self.on_drop == "merge"
 
     def forward(
-        self, tokens: PackedTokens, key_THK: Float[Tensor, "T H K"] | None, class_TH: Float[Tensor, "T H"] | None = None
+        self, tokens: PackedTokens, key_THK: Float[Tensor, "T _H K"] | None, class_TH: Float[Tensor, "T H"] | None = None
     ) -> Reduction:
         score_T = self.interpreter(tokens, class_TH)
         return self.apply_rule(self.rule, tokens, self.judge(score_T, tokens, key_THK))
