@@ -1,12 +1,12 @@
 """Hand-over: what becomes of the tokens that are dropped.
 
-`discard` is the paper's. `merge` averages each dropped token, by mass, into the most similar kept patch token
+`discard` is the paper's. `merge` averages each dropped token, by what `Merging` says, into the most similar kept patch token
 of its image; from then on attention counts a token as often as it has patches. Where an image keeps no patch,
 nothing is handed over. Similarity is the cosine between features: the last attention's keys, heads concatenated, or the tokens as
 the next half of the block reads them. In the average each patch may also count by its score: what matters then changes little
 when what does not matter is handed to it.
 `fuse` averages all dropped tokens of an image into one summary token, which goes on in the place of the best of them (EViT's
-idea, weighted by mass here); the next reduction judges it like any other token.
+idea, weighted here as in merging); the next reduction judges it like any other token.
 """
 
 from dataclasses import dataclass
