@@ -29,10 +29,11 @@ from iared2.evaluate.classify import eval_preprocess
 from iared2.evaluate.machine import describe_machine, versions
 from iared2.keep import TopK
 from iared2.reducers.baselines import AttentionReducer, RandomReducer, ToMeReducer, with_reducers
+from iared2.reproduce.intervals import half_width
 from iared2.saving import load_tensors
 from iared2.seeds import generator
 
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by number of seeds
+SPEED_ON, SPEED_BATCH = 128, 32  # photos that speed is measured on, and how many at a time
 
 
 def pictures(folder, how: Preprocess, held_out: int | None = None, limit: int | None = None):
@@ -118,8 +119,7 @@ def speeds(models: dict, images, rounds: int = 7) -> dict[str, float]:
 def over_seeds(rows: list[dict]) -> dict:
     """Mean over seeds, and half the 95 % interval of the difference."""
     means = {key: round(statistics.mean(r[key] for r in rows), 4) for key in ("saved", "top1", "difference", "agreement", "kl")}
-    spread = statistics.stdev(r["difference"] for r in rows) if len(rows) > 1 else float("nan")
-    half = T95.get(len(rows), 1.96) * spread / math.sqrt(len(rows))
+    half = half_width([r["difference"] for r in rows]) or float("nan")
     sources = {s: round(statistics.mean(r["sources"][s] for r in rows), 2) for s in rows[0]["sources"]}
     return {"method": rows[0]["method"], "seeds": len(rows), **means, "interval": round(half, 2), "sources": sources}
 
@@ -135,7 +135,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--name", default="ours")
     parser.add_argument("--budgets", nargs="*", type=float, default=[0.67, 0.60, 0.54, 0.48])
     parser.add_argument("--peers", action="store_true")
-    parser.add_argument("--speed", action="store_true", help="also time every model in turn, on 128 of the photos")
+    parser.add_argument("--speed", action="store_true", help=f"also time every model in turn, on {SPEED_ON} of the photos")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -179,7 +179,7 @@ def main() -> None:
                 rows.append(over_seeds(seeds))
                 print(json.dumps(rows[-1]), flush=True)
         if options.speed:
-            found_speeds = speeds(timed, [batch[:32] for batch in images[:4]])
+            found_speeds = speeds(timed, torch.cat(images)[:SPEED_ON].split(SPEED_BATCH))
             for name, rate in found_speeds.items():
                 print(f"{name}: {rate:.1f} images/s, {rate / found_speeds['dense']:.2f} x dense", flush=True)
             for one in rows:

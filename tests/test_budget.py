@@ -16,6 +16,8 @@ from iared2.cli import main
 from iared2.errors import ConfigError, DataError
 from iared2.evaluate.calibrate import Calibrator, _boundary
 from iared2.interpreter import InterpreterConfig
+from iared2.train.feeds import open_feeds
+from iared2.train.recipes import find_recipe
 from iared2.worth import WorthConfig
 
 
@@ -50,9 +52,25 @@ def test_a_budget_of_the_dense_model_or_more_is_refused():
 
 @pytest.mark.parametrize("depth", [4, 12, 24, 40])
 @pytest.mark.parametrize("between", [False, True])
-def test_the_curve_falls_with_depth(depth, between):
-    ratios = curve(depth, range(1, depth), between)
+@pytest.mark.parametrize("merges", [False, True])
+def test_the_curve_falls_with_depth(depth, between, merges):
+    ratios = curve(depth, range(1, depth), between, merges)
     assert all(1 >= a >= b > 0 for a, b in zip(ratios[:-1], ratios[1:], strict=True))
+
+
+def test_what_is_gone_for_good_goes_at_once():
+    """At one cost, the plain schedule without a hand-over leaves less after the first reduction and more after the last."""
+
+    def ratios(merges):
+        plain = curve(12, (3, 4, 5, 7, 9), True, merges)
+
+        def cost(ratios):
+            return (4 + sum(ratio * blocks for ratio, blocks in zip(ratios, (1, 1, 2, 2, 2), strict=True))) / 12
+
+        return powered(plain, solve_power(cost, plain, 0.6))
+
+    carried, gone = ratios(True), ratios(False)
+    assert gone[0] < carried[0] and gone[-1] > carried[-1]
 
 
 @given(st.floats(0.35, 0.95))
@@ -134,6 +152,35 @@ def test_a_time_is_measured_and_one_out_of_reach_is_refused():
         found.to_milliseconds(1e6)
 
 
+def test_a_time_is_met_by_thresholds_that_take_it(monkeypatch, caplog):
+    """Time is what the multiply-adds would take, so the thresholds found have to have the share of the dense cost that was asked for."""
+    found = calibrator(model())
+
+    def timed(self, family, power):
+        expected = self.at(family, power)
+        return expected, 10 * expected.share
+
+    monkeypatch.setattr(Calibrator, "_timed", timed)
+    expected = found.to_milliseconds(7.0)
+    assert expected.milliseconds == pytest.approx(7.0, abs=0.2) and expected.share == pytest.approx(0.7, abs=0.02)
+    assert expected.line().startswith(f"{expected.share:.3f} of the dense multiply-adds, {expected.milliseconds:.2f} ms per image")
+    assert "nearer" not in caplog.text
+
+    def coarse(self, family, power):
+        return self.at(family, power), 10.0 if power < 1 else 5.0
+
+    monkeypatch.setattr(Calibrator, "_timed", coarse)
+    found.to_milliseconds(7.0)
+    assert "asked for 7.00 ms per image, found no thresholds nearer than" in caplog.text
+
+
+def test_scores_that_are_not_numbers_have_no_threshold():
+    reduced = model()
+    torch.nn.init.constant_(reduced.reducers[1].worth.offset, float("nan"))
+    with pytest.raises(ConfigError, match="an interpreter scores NaN or infinity"):
+        calibrator(reduced).thresholds_for((0.8, 0.5, 0.2))
+
+
 def test_a_model_without_a_classifier_is_measured_by_the_cosine():
     backbone = FAMILIES["dinov2_reg"].build(num_classes=0)
     reduced = iared2.reduce(backbone, (1, 2, 3), place="between", worth=WorthConfig(), on_drop="merge").eval()
@@ -193,6 +240,8 @@ def test_a_plain_folder_and_a_budget_make_a_model_that_eval_takes(plain, tmp_pat
     assert "MACs agree with dense KL to dense patches left" in text and "reached: 0." in text
     reduced = iared2.load_reduced(out)  # its blocks were trained, so the weights are in it
     assert reduced.config.place == "between" and reduced.threshold == 0.5
+    assert (reduced.config.similarity, reduced.config.weights, reduced.config.keep_length) == ("tokens", "score", True)
+    assert "chosen on 8 pictures: other pictures may cost and answer otherwise" in text
     labelled = tmp_path / "labelled"
     labelled.mkdir()
     files = sorted((plain / "photos").glob("*.png"))
@@ -213,7 +262,10 @@ def test_a_plain_folder_and_a_budget_make_a_model_that_eval_takes(plain, tmp_pat
 @pytest.mark.untyped
 def test_the_embedded_models_weights_are_found_in_the_package(plain, tmp_path):
     wish = ["--target-macs", "0.7x", "-o", str(tmp_path), "--workers", "0", "--device", "cpu", "together.walk_epochs=0", *SMALL]
-    assert main(["train", "--model", "iared2_mini_patch8_96", "--data", str(plain / "photos"), *wish]) == 0
+    former = ["together.similarity=keys", "together.weights=mass", "together.keep_length=false"]
+    assert main(["train", "--model", "iared2_mini_patch8_96", "--data", str(plain / "photos"), *wish, *former]) == 0
+    config = iared2.load_reduced(tmp_path).config
+    assert (config.similarity, config.weights, config.keep_length) == ("keys", "mass", False)
     assert not (tmp_path / "backbone.safetensors").exists()
     mine, embedded = (iared2.load_reduced(name).backbone.state_dict() for name in (tmp_path, "iared2_mini_patch8_96"))
     assert all(torch.equal(mine[key], embedded[key]) for key in embedded)
@@ -301,4 +353,42 @@ def test_few_pictures_and_no_classifier_are_enough(plain, tmp_path, caplog):
     arguments = command(plain, "-o", str(tmp_path / "o"), "data.batch_size=4", "data.views=0", "backbone.arguments.num_classes=0")
     arguments[arguments.index("--weights") + 1] = str(tmp_path / "tower.safetensors")
     assert main([*arguments, "together.walk_epochs=1"]) == 0
-    assert "(on 4 pictures)" in " ".join(caplog.text.split())  # of 24
+    text = " ".join(caplog.text.split())
+    assert "(on 4 pictures)" in text  # of 24
+    assert "MACs cosine to dense patches left" in text and "KL" not in text
+
+
+@pytest.mark.untyped
+def test_labels_for_a_tower_without_classes_are_refused(plain, tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    tensors = {name: value for name, value in load_file(plain / "weights.safetensors").items() if not name.startswith("head.")}
+    save_file(tensors, tmp_path / "tower.safetensors")
+    arguments = command(plain, "-o", str(tmp_path / "o"), "data.labels=true", "data.views=0", "backbone.arguments.num_classes=0")
+    arguments[arguments.index("--weights") + 1] = str(tmp_path / "tower.safetensors")
+    assert main(arguments) == 2
+    assert "this backbone has no classifier (num_classes = 0) to be right or wrong; set data.labels=false" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_training_pictures_are_not_held_out_of_themselves(plain, in_memory, caplog):
+    caplog.set_level("INFO", "iared2.train")
+    recipe = find_recipe("budget", [f"data.train={plain / 'photos'}", "data.held_out=0", "data.views=0", f"data.in_memory={in_memory}"])
+    feeds = open_feeds(recipe, FAMILIES["deit"].build(), 0)
+    assert feeds.held_out is None and feeds.train.steps() > 0
+    assert "nothing is held out" in caplog.text
+
+
+def test_calibration_counts_what_it_could_read(plain, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for file in list((plain / "photos").glob("*.png"))[:6]:
+        (photos / file.name).write_bytes(file.read_bytes())
+    (photos / "broken.png").write_bytes(b"no picture")
+    wish = ["--target-macs", "0.8x", "-o", str(tmp_path / "o"), "--workers", "0", "--device", "cpu"]
+    assert main(["calibrate", "--data", str(photos), *wish]) == 1
+    said = capsys.readouterr()
+    assert "(on 6 pictures)" in " ".join(said.out.split()) and "chosen on 6 pictures" in " ".join(said.err.split())
+    assert iared2.load_reduced(tmp_path / "o").config.rule == "threshold"

@@ -1,5 +1,6 @@
 """Several processes give what one gives for the same global batch; one that is killed costs time and nothing else."""
 
+import json
 import os
 import signal
 import subprocess
@@ -23,8 +24,8 @@ SCRIPT = Path(ranks_run.__file__)
 LIMIT = 240  # seconds; a process that waits for another must not hold up the tests
 
 
-def torchrun(*arguments: object, processes: int = 2, restarts: int = 0, dies: bool = False) -> str:
-    """Runs the script under torchrun, alone in its process group; gives what it said. `dies`: it must fail."""
+def torchrun(*arguments: object, script: Path = SCRIPT, processes: int = 2, restarts: int = 0, dies: bool = False) -> str:
+    """Runs a script under torchrun, alone in its process group; gives what it said. `dies`: it must fail."""
     paths = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1] / "src"), os.environ.get("PYTHONPATH", "")])
     # torchrun of torch 2.13 offers restarted processes the addresses of dead ones, unless its store is not shared (pytorch issue 135712).
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -40,7 +41,7 @@ def torchrun(*arguments: object, processes: int = 2, restarts: int = 0, dies: bo
         0.1,
     ]
     process = subprocess.Popen(
-        [sys.executable, *map(str, launcher), str(SCRIPT), *map(str, arguments)],
+        [sys.executable, *map(str, launcher), str(script), *map(str, arguments)],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -128,6 +129,15 @@ def test_bfloat16_with_a_part_each_is_bfloat16_with_the_whole_on_each(tmp_path: 
         torchrun(tmp_path / folder, *options, "blocks")
     whole, parts = (load_file(tmp_path / folder / "blocks" / "model.safetensors") for folder in ("two", "divided"))
     assert max(float((whole[key] - parts[key]).abs().max()) for key in whole) < 1e-5
+
+
+def test_a_table_is_trained_by_all_processes_and_measured_by_one(tmp_path: Path) -> None:
+    torchrun(tmp_path, script=SCRIPT.parent / "reproduce_run.py")
+    told = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [row["name"] for row in told[0]] == ["dense", "REINFORCE", "Gumbel"] and told[0] == told[1]
+    assert (tmp_path / "measured-0.txt").read_text().split() == ["once"] * 3
+    assert not (tmp_path / "measured-1.txt").exists()
+    assert "Gumbel" in (tmp_path / "out" / "gumbel.md").read_text()
 
 
 @pytest.mark.parametrize("world", [2, 3])

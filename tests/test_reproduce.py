@@ -14,7 +14,7 @@ from iared2.reproduce import bench as bench_module
 from iared2.reproduce import runs, variance
 from iared2.reproduce.bench import RATIOS, Bench
 from iared2.reproduce.command import run_reproduction
-from iared2.reproduce.intervals import half_width, paired
+from iared2.reproduce.intervals import half_width, paired, student
 from iared2.reproduce.runs import Configuration, figures
 from iared2.reproduce.tables import DENSE, NAMES, OURS, TABLES
 
@@ -42,6 +42,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 def test_intervals_by_hand() -> None:
     assert half_width([1.0]) is None
     assert half_width([78.4, 78.3, 78.5, 78.3]) == pytest.approx(3.182 * 0.0957427 / 2, rel=1e-4)  # the paper's random baseline
+    # Any table of Student's t; 9 degrees of freedom are the last that is looked up here.
+    assert [round(student(degrees), 3) for degrees in (2, 9, 10, 12, 30, 120)] == [4.303, 2.262, 2.228, 2.179, 2.042, 1.98]
     mean, half = paired(["1100", "1000"], ["0101"])
     assert mean == pytest.approx(100 * (1 + -0.5 + 0 - 1) / 4)
     assert half == pytest.approx(1.96 * 100 * math.sqrt(sum((x + 0.125) ** 2 for x in (1, -0.5, 0, -1)) / 3) / 2)
@@ -130,6 +132,20 @@ def test_variance_counts_passes_and_starts_every_estimator_alike(small: Bench, m
     assert run_reproduction("variance", small) == 0
     again = json.loads((small.output / "variance.json").read_text())["rows"]
     assert all(len(row["curve"]) == 16 // row["passes"] for row in again)
+
+
+@pytest.mark.parametrize("name", ["variance", "table5"])
+def test_what_one_process_does_is_refused_to_several(name: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(Bench, "check", lambda _: None)
+    assert main(["reproduce", name, "--data", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
+    assert f"reproduce {name}: got 2 processes, wanted one" in " ".join(capsys.readouterr().err.split())
+
+
+def test_thresholds_that_end_far_from_a_budget_do_not_meet_it(small: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = TABLES["gumbel"]().lines[0].what
+    monkeypatch.setattr(runs, "FAR", -1.0)  # then nothing is near enough
+    assert not figures(small, asked, 0)["budget_met"]
 
 
 @pytest.mark.parametrize(

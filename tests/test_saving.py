@@ -105,6 +105,18 @@ def test_the_present_pooling_is_saved(made, later, tmp_path):
     assert torch.equal(again(IMAGES), model(IMAGES))
 
 
+def test_how_tokens_are_handed_over_survives(tmp_path):
+    latest = {"similarity": "tokens", "weights": "score", "keep_length": True, "worth": WorthConfig(), "place": "between"}
+    model = reduce(build(), 2, on_drop="merge", **latest).eval()
+    for parameter in model.reducers.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(tmp_path)
+    loaded = load_reduced(tmp_path, backbone=build())
+    assert loaded.config == model.config and (loaded.config.similarity, loaded.config.weights) == ("tokens", "score")
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGES), model(IMAGES))
+
+
 def test_preprocessing_survives(tmp_path):
     model = trained(build("vit_base_patch16_224.mae"))
     model.backbone.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), input_size=(3, 64, 64))

@@ -14,6 +14,9 @@ from iared2.errors import ConfigError
 # Share of patches left at relative depth 0, 1/12, ..., 1 of a plain ViT, for about half of the multiply-adds: few go early, where
 # scores know little and similarity decides; most go in the middle, where one patch costs much and says little that is its own.
 CURVE = (1.0, 1.0, 1.0, 0.98, 0.77, 0.52, 0.39, 0.31, 0.25, 0.20, 0.16, 0.13, 0.10)
+# The same where nobody carries on what is dropped. A patch that is gone is then missed by all blocks that follow alike: what can go at
+# all goes at once, and the others stay long.
+CURVE_OF_THE_GONE = (0.54, 0.53, 0.52, 0.51, 0.50, 0.49, 0.48, 0.44, 0.40, 0.35, 0.30, 0.27, 0.24)
 
 _FORM = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(x|%|g|gmacs|m|mmacs|ms)\s*", re.IGNORECASE)
 _UNITS = {"x": ("share", 1.0), "%": ("share", 0.01), "g": ("macs", 1e9), "gmacs": ("macs", 1e9), "m": ("macs", 1e6), "mmacs": ("macs", 1e6)}
@@ -60,13 +63,18 @@ def parse_budget(text: str) -> Budget:
     return Budget("share" if kind == "share" else "macs", float(match[1]) * factor)
 
 
-def curve(depth: int, blocks: Sequence[int], between: bool) -> tuple[float, ...]:
-    """The plain schedule at these blocks of a backbone of `depth` blocks: `CURVE`, read off at each block's relative depth."""
-    ratios = []
+def curve(depth: int, blocks: Sequence[int], between: bool, merges: bool = True) -> tuple[float, ...]:
+    """The plain schedule at these blocks of a backbone of `depth` blocks, read off at each block's relative depth.
+
+    Args:
+        between: whether patches are dropped between the halves of the blocks.
+        merges: whether dropped patches live on in kept ones (`CURVE`), or are gone (`CURVE_OF_THE_GONE`).
+    """
+    known, ratios = CURVE if merges else CURVE_OF_THE_GONE, []
     for block in blocks:
-        place = (block + 1 if between else block) * (len(CURVE) - 1) / depth
-        low = min(int(place), len(CURVE) - 2)
-        ratios.append(CURVE[low] + (place - low) * (CURVE[low + 1] - CURVE[low]))
+        place = (block + 1 if between else block) * (len(known) - 1) / depth
+        low = min(int(place), len(known) - 2)
+        ratios.append(known[low] + (place - low) * (known[low + 1] - known[low]))
     return tuple(ratios)
 
 

@@ -1,10 +1,14 @@
 """Where and how precisely to run: from words on a command line to torch's objects."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 
 from iared2.errors import ConfigError
+
+T = TypeVar("T")
 
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,6 +43,23 @@ def precision(device: torch.device, dtype: str) -> AbstractContextManager:
     if DTYPES[dtype] is torch.float32:
         return nullcontext()
     return torch.autocast(device.type, DTYPES[dtype])
+
+
+def is_main() -> bool:
+    """Whether this is the main process of a distributed run, or the only one."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_rank() == 0
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns on the main process of a distributed run, on every process; nobody else calls it, and all wait for it.
+
+    Where there is one process, what it returns. What is returned has to be small and picklable.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return make()
+    found: list = [make() if is_main() else None]
+    torch.distributed.broadcast_object_list(found)
+    return found[0]
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """What a token is worth: its score, the patches it stands for, and what no better token says. Not in the paper.
 
 A patch may go because it is no evidence, or because a kept token says the same. The score of Eq. 1 knows the first
-alone. With s_i the cosine of token i's key to the most similar token of more relevance in its image:
+alone. With s_i the cosine (of keys, or of tokens as the next half of the block reads them) to the most similar token of more
+relevance in its image:
 
     relevance_i = I_i m_i                            (m_i: mass, the patches that token i stands for; 1 with mass=False)
     z_i = log(relevance_i / mean_j relevance_j) + redundancy * log(1 - s_i)

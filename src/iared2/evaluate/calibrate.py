@@ -29,7 +29,9 @@ from iared2.model import ReducedTransformer
 logger = logging.getLogger("iared2.evaluate")
 
 POWERS = (12.0, 8.0, 6.0, 4.5, 3.5, 3.0, 2.5, 2.0, 1.7, 1.4, 1.2, 1.0, 0.8, 0.6, 0.4, 0.2)  # looked at for a disagreement, cheapest first
+ENOUGH = 50  # pictures, below which a calibration is taken with a grain of salt
 FAR = 0.02  # share of the dense multiply-adds that is worth a warning
+FAR_IN_TIME = 0.05  # the same of a time, as a part of it
 TOLERANCE = 0.002  # share of the dense multiply-adds at which a schedule is near enough
 
 
@@ -109,6 +111,18 @@ class Calibrator:
             )
         return output
 
+    @staticmethod
+    def _known(chance_P: Tensor) -> Tensor:
+        if not chance_P.isfinite().all():
+            raise ConfigError("calibration: an interpreter scores NaN or infinity, which no threshold divides; train it with smaller steps")
+        return chance_P
+
+    def warn_of_few(self) -> None:
+        """Says so where there are too few pictures to rely on."""
+        if self.pictures < ENOUGH:
+            few = "chosen on %d pictures: other pictures may cost and answer otherwise; a few hundred are wanted"
+            logger.warning(few, self.pictures)
+
     def family(self) -> tuple[float, ...]:
         """The schedule whose powers are searched: that of the present thresholds, or the plain curve where they say nothing yet."""
         ratios = self.measure().ratios
@@ -118,7 +132,7 @@ class Calibrator:
     def plain_curve(self) -> tuple[float, ...]:
         """The plain schedule at this model's reductions."""
         config = self.model.config
-        return curve(self.model.adapter.depth, config.first_blocks, config.place == "between")
+        return curve(self.model.adapter.depth, config.first_blocks, config.place == "between", config.on_drop == "merge")
 
     def around(self, share: float, parts: Sequence[float]) -> Iterator[Expectation]:
         """What thresholds for budgets around `share` would do, as far as they can be reached; leaves the model at the last."""
@@ -146,7 +160,7 @@ class Calibrator:
             chances = []
             for state in states:
                 judged = reducer.judge(reducer.interpreter(state.tokens, state.class_TH), state.tokens, state.key_THK)
-                chances.append(judged.chance_T[state.tokens.layout.is_patch_T].double())
+                chances.append(self._known(judged.chance_T[state.tokens.layout.is_patch_T].double()))
             found.append(_boundary(torch.cat(chances), round(ratio * self.pictures * states[0].tokens.layout.places)))
             reducer.rule = Threshold(found[-1], self.model.adapter.needs_patch)
             states = [self.model.reduce_with(state, group) for state in states]
@@ -245,6 +259,8 @@ class Calibrator:
             middle = (low + high) / 2
             found = self._timed(family, middle)
             low, high = (middle, high) if found[1] > wanted else (low, middle)
+        if abs(found[1] - wanted) > FAR_IN_TIME * wanted:
+            logger.warning("asked for %.2f ms per image, found no thresholds nearer than %.2f ms", wanted, found[1])
         return replace(self.with_slope(found[0]), milliseconds=found[1])
 
     def meet(self, budget: Budget) -> Expectation:

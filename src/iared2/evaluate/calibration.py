@@ -1,6 +1,5 @@
 """`iared2 calibrate`: thresholds for a budget or an allowed disagreement, on a folder of pictures, into a new model folder."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +16,6 @@ from iared2.evaluate.calibrate import Calibrator
 from iared2.evaluate.classify import eval_preprocess
 from iared2.runtime import pick_device, precision
 from iared2.saving import load_reduced, save_reduced
-
-logger = logging.getLogger("iared2.evaluate")
-
-ENOUGH = 50  # pictures, below which a calibration is taken with a grain of salt
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,9 @@ class CalibrationOptions:
 def run_calibration(model: str, data: Path, output: Path, wish: Wish, options: CalibrationOptions) -> int:
     """Chooses thresholds, says what to expect of them, and saves the model with them into `output`.
 
+    Returns:
+        0; 1 where broken pictures were left out.
+
     Raises:
         IARED2Error: whatever stands in the way, in one line.
     """
@@ -72,12 +70,11 @@ def run_calibration(model: str, data: Path, output: Path, wish: Wish, options: C
         calibrator = Calibrator(reduced, [batch["images"].to(place) for batch in batches.epoch(0)])
         expected = calibrator.meet(budget) if budget is not None else calibrator.to_disagreement(wish.disagreement or 0.0)
     save_reduced(reduced, output)
-    if len(pictures) < ENOUGH:
-        logger.warning("chosen on %d pictures: other pictures may cost and answer otherwise; a few hundred are wanted", len(pictures))
+    calibrator.warn_of_few()
     Console().print(
         f"{expected.line()}, in {options.dtype}\nthe model with these thresholds is in {output}",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
-    return 0
+    return int(bool(getattr(batches, "skipped", None)))  # arrays of pixels have nothing to skip

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from iared2.data.sources import Data, open_data
 from iared2.data.streams import StreamedImages
 from iared2.data.tiny_imagenet import is_tiny_imagenet
 from iared2.errors import ConfigError, DataError
+from iared2.runtime import from_main
 from iared2.saving import embedded_weights
 from iared2.train.feeds import Feeds
 from iared2.train.recipes import Recipe, find_recipe
@@ -106,7 +107,7 @@ class Bench:
             base: DeiT-B instead of DeiT-S at the paper's scale (Table 7).
             start: how interpreters begin at the small scale; at the paper's always from nothing.
         """
-        values: dict[str, Any] = {"seed": seed, "data.train": str(self.data)}
+        values: dict[str, Any] = {"seed": seed, "data.train": str(self.data.absolute())}  # a run is the same from every folder
         if self.scale == "small":
             values |= {**_SMALL, "data.subset": self.images, "backbone.weights": str(embedded_weights(assets.DEFAULT))}
             values |= _NOTHING if start == "nothing" else {}
@@ -127,14 +128,20 @@ class Bench:
         if self.scale == "paper":
             return open_data(self.data, "train", self.classes), self._validation(open_data(self.data, "val", self.classes))
         path = self.output / f"pictures-{self.images}-{self.val_images or 'all'}.safetensors"
+        from_main(partial(self._gather, path))
         found = _read(path)
         if found is None:
-            train, val = open_data(self.data, "train", self.classes), open_data(self.data, "val", self.classes)
-            if not isinstance(train, ImageArrays) or not isinstance(val, ImageArrays):
-                raise DataError(f"{self.data}: wanted Tiny-ImageNet-200 as pictures of one size; name its folder")
-            found = train.subset(self.images, 0), val if self.val_images is None else val.subset(self.val_images, 0)
-            _write(path, found)
+            raise DataError(f"{path}: cannot be read, though it was just written; look at the disk, or name another --output")
         return found
+
+    def _gather(self, path: Path) -> None:
+        """Writes the small scale's pictures, unless they are there."""
+        if _read(path) is not None:
+            return
+        train, val = open_data(self.data, "train", self.classes), open_data(self.data, "val", self.classes)
+        if not isinstance(train, ImageArrays) or not isinstance(val, ImageArrays):
+            raise DataError(f"{self.data}: wanted Tiny-ImageNet-200 as pictures of one size; name its folder")
+        _write(path, (train.subset(self.images, 0), val if self.val_images is None else val.subset(self.val_images, 0)))
 
     def _validation(self, data: Data) -> Data:
         return data if self.val_images is None or isinstance(data, StreamedImages) else data.subset(self.val_images, 0)

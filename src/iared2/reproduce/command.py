@@ -1,6 +1,7 @@
 """`iared2 reproduce`: makes a table or a figure, run by run, and writes what is there after each."""
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from iared2.reproduce.table5 import run_table5
 from iared2.reproduce.tables import DENSE, NAMES, TABLES
 from iared2.reproduce.variance import run_variance
 from iared2.reproduce.write import Results, write_table
+from iared2.runtime import is_main
 from iared2.settings import unknown_key
 
 
@@ -33,6 +35,7 @@ def run_reproduction(name: str, bench: Bench) -> int:
     bench.check()
     logging.getLogger("iared2.train").setLevel(logging.WARNING)  # one line per finished run is enough
     if name == "variance":
+        _refuse_several(name)
         run_variance(bench)
     else:
         table = TABLES[name]()
@@ -41,8 +44,10 @@ def run_reproduction(name: str, bench: Bench) -> int:
         for seed in range(bench.seeds):
             for line, (_, found) in zip(table.lines, results, strict=True):
                 found.append(figures(bench, line.what, seed))
-                write_table(name, table, dense, results, bench)
-    _tell(bench.output / f"{name}.md")
+                if is_main():
+                    write_table(name, table, dense, results, bench)
+    if is_main():
+        _tell(bench.output / f"{name}.md")
     return 0
 
 
@@ -62,10 +67,17 @@ def run_maps(name: str, bench: MapsBench) -> int:
     Raises:
         IARED2Error: whatever stands in the way, in one line.
     """
+    _refuse_several(name)
     bench.check()
     code = ABOUT_MAPS[name](bench)
     _tell(bench.output / f"{name}.md")
     return code
+
+
+def _refuse_several(name: str) -> None:
+    """Tables that are trained share the work among processes; the others would do all of it in each."""
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError(f"reproduce {name}: got {count} processes, wanted one; start it without torchrun or accelerate")
 
 
 def _tell(path: Path) -> None:

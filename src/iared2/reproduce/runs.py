@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,11 @@ from iared2 import cost
 from iared2.data.batches import make_batches
 from iared2.errors import ConfigError, DataError
 from iared2.evaluate.boxes import inside
-from iared2.evaluate.calibrate import Calibrator
+from iared2.evaluate.calibrate import FAR, Calibrator
 from iared2.model import ReducedTransformer, reduce
 from iared2.reducers.baselines import RandomReducer, with_reducers
 from iared2.reproduce.bench import Bench, Start
-from iared2.runtime import pick_device, precision
+from iared2.runtime import from_main, pick_device, precision
 from iared2.saving import load_reduced
 from iared2.tokens.grid import to_pixels
 from iared2.train.recipes import Recipe
@@ -64,6 +65,8 @@ class Configuration:
 def figures(bench: Bench, what: Configuration, seed: int) -> Row:
     """The figures of one run; trained and measured only if OUT/runs does not know them yet.
 
+    Several processes train together; the main one measures, and tells the others.
+
     Returns:
         top1 (percent), correct (one digit per picture), macs_share, keep_ratio (per group), inside and outside_in (percent of the
         second group's map, and of its reverse, within boxes; None where there are none), seconds, and what was run.
@@ -71,18 +74,24 @@ def figures(bench: Bench, what: Configuration, seed: int) -> Row:
     recipe = bench.recipe(what.changes, seed, what.base, what.start)
     folder = bench.output / "runs" / f"{what.kind}-{digest(recipe)}-{seed}"
     path = folder / f"figures-{digest(what.threshold, what.budget, bench.val_images)}.json"
-    known = read_json(path)
+    open_accelerator(bench.device, recipe.precision)  # from here on processes know one another
+    known = from_main(partial(read_json, path))
     if known is not None:
         return {**known, "name": what.name}
     start = time.perf_counter()
-    device = pick_device(bench.device)
     model = _model(bench, what, recipe, folder)
-    with precision(device, "bfloat16" if recipe.precision == "bf16" else "float32"):
-        met = what.budget is None or _meet(model, bench, recipe, what.budget)
-        found = measure(model, bench.held_out(recipe, model.backbone), bench.pictures[1])
-    row: Row = {"name": what.name, "seed": seed, **found, "budget_met": met, "seconds": round(time.perf_counter() - start, 1)}
-    row |= {"changes": dict(what.changes), "kind": what.kind, "threshold": what.threshold, "budget": what.budget, "start": what.start}
-    write_json(path, row)
+    validation = bench.pictures[1]
+
+    def measured() -> Row:
+        with precision(pick_device(bench.device), "bfloat16" if recipe.precision == "bf16" else "float32"):
+            met = what.budget is None or _meet(model, bench, recipe, what.budget)
+            found = measure(model, bench.held_out(recipe, model.backbone), validation)
+        row: Row = {"name": what.name, "seed": seed, **found, "budget_met": met, "seconds": round(time.perf_counter() - start, 1)}
+        row |= {"changes": dict(what.changes), "kind": what.kind, "threshold": what.threshold, "budget": what.budget, "start": what.start}
+        write_json(path, row)
+        return row
+
+    row = from_main(measured)
     logger.info(
         "%s, seed %d: top-1 %.2f %% at %.3fx of the multiply-adds, %.0f s", what.name, seed, row["top1"], row["macs_share"], row["seconds"]
     )
@@ -98,7 +107,7 @@ def _model(bench: Bench, what: Configuration, recipe: Recipe, folder: Path) -> R
         return model
     if what.kind == "random":
         return _random(bench, recipe, folder)
-    if not (folder / "model" / "config.json").is_file():
+    if not from_main((folder / "model" / "config.json").is_file):
         train(recipe, RunOptions(folder, bench.device, bench.workers), bench.feeds(recipe, build_backbone(recipe)))
     # Blocks that were not trained are not saved: then the weights are where they were.
     weights = None if (folder / "model" / "backbone.safetensors").is_file() else recipe.backbone.weights
@@ -127,16 +136,16 @@ def _random(bench: Bench, recipe: Recipe, folder: Path) -> ReducedTransformer:
 
 
 def _meet(model: ReducedTransformer, bench: Bench, recipe: Recipe, budget: float) -> bool:
-    """Chooses thresholds for a budget on training pictures; False where the reductions of this model cannot get there."""
+    """Chooses thresholds for a budget on training pictures; False where the reductions of this model cannot get near it."""
     chosen = bench.pictures[0].subset(CALIBRATED_ON, 0)
     batches = make_batches(chosen, bench.how(recipe, model.backbone), CALIBRATED_ON, 0, train=False, workers=bench.workers)
     images = next(iter(batches.epoch(0)))["images"].to(next(model.parameters()).device)
+    calibrator = Calibrator(model, [images])
     try:
-        Calibrator(model, [images]).to_share(budget)
+        return abs(calibrator.to_share(budget).share - budget) <= FAR
     except ConfigError as error:
         logger.warning("%s", error)
         return False
-    return True
 
 
 @torch.inference_mode()

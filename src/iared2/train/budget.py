@@ -43,7 +43,9 @@ class Outcome:
 def reduced_for(settings: TogetherSettings, backbone: nn.Module) -> ReducedTransformer:
     """The untrained reduced model; what the backbone cannot do is left out, and said."""
     adapter = adapt(backbone)
-    blocks = settings.blocks or tuple(sorted({min(adapter.depth - 1, max(1, int(adapter.depth * place + 1e-9))) for place in PLACES}))
+    blocks = settings.blocks
+    if blocks is None:
+        blocks = tuple(sorted({min(adapter.depth - 1, max(1, int(adapter.depth * place + 1e-9))) for place in PLACES}))
     interpreter, place = settings.interpreter, settings.place
     if place == "between" and not all(adapter.splits[block] for block in blocks if block < adapter.depth):
         logger.info("this backbone's blocks have no two halves: patches are dropped before blocks")
@@ -81,6 +83,7 @@ def train_together(settings: TogetherSettings, backbone: nn.Module, feeds: Feeds
     model.requires_grad_(True).eval()
     with torch.no_grad(), accelerator.autocast():
         calibrator = Calibrator(model, held, dense=calibrator.dense)
+        calibrator.warn_of_few()
         calibrator.thresholds_for(ratios)
         around = tuple(calibrator.around(share, AROUND))
         met = calibrator.meet(budget)
@@ -123,9 +126,14 @@ def _stages(settings: TogetherSettings, model: ReducedTransformer, feeds: Feeds,
 
 def trade_off(outcome: Outcome) -> Iterator[str]:
     """Lines for people: what was reached, and what budgets around it would give."""
-    yield "   MACs   agree with dense   KL to dense   patches left"
-    for one in outcome.around:
-        yield f"{one.share:6.3f}x   {one.agreement:14.1f} %   {one.kl:11.4f}   {one.ratios[-1]:12.2f}"
+    if outcome.expected.cosine:
+        yield "   MACs   cosine to dense   patches left"
+        for one in outcome.around:
+            yield f"{one.share:6.3f}x   {one.agreement / 100:15.4f}   {one.ratios[-1]:12.2f}"
+    else:
+        yield "   MACs   agree with dense   KL to dense   patches left"
+        for one in outcome.around:
+            yield f"{one.share:6.3f}x   {one.agreement:14.1f} %   {one.kl:11.4f}   {one.ratios[-1]:12.2f}"
     yield f"reached: {outcome.expected.line()}"
 
 

@@ -39,10 +39,12 @@ def open_feeds(recipe: Recipe, backbone: Any, workers: int) -> Feeds:
         raise ConfigError("data.train: no training data named; give --data FOLDER")
     how = Preprocess.of(backbone, min_scale=settings.min_scale, flip=settings.flip)
     classes = model_class_ids(backbone)
-    data = _in_memory(open_data(settings.train, settings.train_split, classes, labels=settings.labels), settings, how)
+    found = open_data(settings.train, settings.train_split, classes, labels=settings.labels)
+    names = list(found.names) if isinstance(found, LabelledImages) else None
+    data = _in_memory(found, settings, how)
     if isinstance(data, ImageArrays) and data.class_ids and len(data.class_ids) == backbone.num_classes:
         backbone.class_ids = list(data.class_ids)  # so that the saved model knows what its outputs mean
-    held_out, data = _hold_out(data, settings, classes, how)
+    held_out, data = _hold_out(data, settings, classes, how, names)
     for part in (data, held_out):
         if settings.labels and isinstance(part, (ImageArrays, LabelledImages)):
             check_labels(part.labels, backbone.num_classes, settings.train)
@@ -63,8 +65,10 @@ def _in_memory(data: Data, settings: DataSettings, how: Preprocess) -> Data:
     return to_arrays(data, how.size) if settings.in_memory and isinstance(data, LabelledImages) else data
 
 
-def _hold_out(data: Data, settings: DataSettings, classes: list[str] | None, how: Preprocess) -> tuple[Data | None, Data]:
-    """The held-out part and what is left to train on."""
+def _hold_out(
+    data: Data, settings: DataSettings, classes: list[str] | None, how: Preprocess, names: list[str] | None
+) -> tuple[Data | None, Data]:
+    """The held-out part and what is left to train on; `names` are the training pictures' files, where they are files."""
     if settings.held_out:
         if not isinstance(data, (ImageArrays, LabelledImages)):
             raise ConfigError(f"data.held_out: {settings.train} is a stream, of which nothing can be held out; name data.val instead")
@@ -77,7 +81,7 @@ def _hold_out(data: Data, settings: DataSettings, classes: list[str] | None, how
     if source == settings.train and settings.val_split == settings.train_split:
         return None, data
     found = open_data(source, settings.val_split, classes, labels=settings.labels)
-    if isinstance(found, LabelledImages) and isinstance(data, LabelledImages) and list(found.names) == list(data.names):
+    if isinstance(found, LabelledImages) and list(found.names) == names:
         logger.info("%s has no separate %s part: nothing is held out", source, settings.val_split)
         return None, data
     if settings.val_subset is not None and isinstance(found, (ImageArrays, LabelledImages)):

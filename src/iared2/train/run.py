@@ -102,10 +102,11 @@ def train(recipe: Recipe, options: RunOptions, feeds: Feeds | None = None) -> Pa
             refuse_another_recipe(options.output / part, run(options.output / part).fingerprint)
     seed_all(recipe.seed)
     backbone = build_backbone(recipe)
-    if recipe.reduction is not None and recipe.data.labels and getattr(backbone, "num_classes", None) == 0:
+    if (recipe.reduction or recipe.together) is not None and recipe.data.labels and getattr(backbone, "num_classes", None) == 0:
+        further = ", reduction.reward.target=dense and reduction.block_target=dense" if recipe.reduction is not None else ""
         raise ConfigError(
             "data.labels: got true, but this backbone has no classifier (num_classes = 0) to be right or wrong; "
-            "set data.labels=false, reduction.reward.target=dense and reduction.block_target=dense"
+            f"set data.labels=false{further}"
         )
     feeds = feeds or open_feeds(recipe, backbone, options.workers)
     if accelerator.is_main_process:  # not before all is known to fit: it may replace the record of an earlier run
@@ -118,11 +119,13 @@ def train(recipe: Recipe, options: RunOptions, feeds: Feeds | None = None) -> Pa
     if recipe.together is not None:
         return _train_together(recipe.together, backbone, feeds, options.output, run(options.output / "together"), accelerator)
     if recipe.reduction is None:
+        accelerator.wait_for_everyone()
         return options.output
     model = _train_reduction(recipe.reduction, backbone, feeds, run(options.output / "reduction"), accelerator)
     if accelerator.is_main_process:
         save_reduced(model, options.output / "model", with_backbone=recipe.dense is not None or None)
         logger.info("the reduced model is in %s", options.output / "model")
+    accelerator.wait_for_everyone()  # whoever goes on may read what was written
     return options.output / "model"
 
 
@@ -231,6 +234,7 @@ def _train_together(
         for line in trade_off(outcome):
             logger.info("%s", line)
         logger.info("the reduced model is in %s", output)
+    accelerator.wait_for_everyone()
     return output
 
 

@@ -74,6 +74,13 @@ class TogetherTask(Task):
     def shared(self) -> list[object]:
         return [self._memory]
 
+    def output(self, batch: dict[str, Tensor]) -> Float[Tensor, "B C"]:
+        """The dense model's output alone; where it is not remembered, one forward pass."""
+        if self._memory is not None:
+            return self.dense(batch)[1]
+        with torch.no_grad():
+            return self.model.backbone(batch["images"]).float()
+
     def dense(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, "G B N"], Float[Tensor, "B C"]]:
         """Evidence for each group on the grid, and the dense model's output."""
         indices, memory = batch["indices"].tolist(), self._memory
@@ -96,7 +103,8 @@ class ImitationTask(TogetherTask):
 
     Along the walk the share I_i m_i / sum_j I_j m_j of a token should be its share of the evidence on all patches that it
     carries: the Kullback-Leibler divergence between the two is the loss. `ratios` says how much each group leaves meanwhile, on
-    average over pictures; chances are moved so that their threshold leaves that much.
+    average over pictures; chances are moved so that their threshold leaves that much (without a worth there is nothing to move, and
+    thresholds stay where the first pictures put them).
     """
 
     def __init__(
@@ -204,7 +212,7 @@ class WalkTask(TogetherTask):
         return self.model.reducers.price
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        _, output = self.dense(batch)
+        output = self.output(batch)
         size, times = (batch["images"].shape[-2], batch["images"].shape[-1]), self.settings.samples
         with torch.no_grad():
             start = self.model.walk_to(self.model.start(batch["images"]), 0, reduce=())
