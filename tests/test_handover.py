@@ -174,7 +174,7 @@ def test_comparing_costs_one_product_per_pair_and_one_norm_per_token():
 
 @pytest.mark.parametrize("place", ["before", "between"])
 @pytest.mark.parametrize("block", [0, 2])
-@pytest.mark.parametrize("weights", ["mass", "score"])
+@pytest.mark.parametrize("weights", ["mass", "score", "kept"])
 def test_tokens_are_compared_as_the_next_half_of_the_block_reads_them(place, block, weights):
     """Step by step through timm's own modules, in float64: who carries whom, and what comes of it."""
     backbone = FAMILIES["deit"].build().double().eval()
@@ -203,7 +203,8 @@ def test_tokens_are_compared_as_the_next_half_of_the_block_reads_them(place, blo
         other.append(goal != oracle.nearest(x_BSD[image], gone, kept))
         for row in kept:
             parts = [row] + [part for part in gone if goal[part] == row]
-            count_P = torch.ones(len(parts)).double() if weights == "mass" else score_S[parts].double()
+            counts = {"mass": torch.ones(len(parts)), "score": score_S[parts], "kept": torch.arange(len(parts)) == 0}
+            count_P = counts[weights].double()
             wanted_D = (x_BSD[image, parts] * count_P[:, None]).sum(0) / count_P.sum()
             assert torch.allclose(after.tokens.x_TD[chosen.index(image * count + row)], wanted_D, atol=1e-6)
             assert after.tokens.mass_T[chosen.index(image * count + row)] == len(parts)

@@ -4,7 +4,8 @@
 of its image; from then on attention counts a token as often as it has patches. Where an image keeps no patch,
 nothing is handed over. Similarity is the cosine between features: the last attention's keys, heads concatenated, or the tokens as
 the next half of the block reads them. In the average each patch may also count by its score: what matters then changes little
-when what does not matter is handed to it.
+when what does not matter is handed to it. Or the kept token alone counts: then what is dropped is gone as with `discard`, and only its
+number is handed over, so that attention goes on as if its carrier stood in all its places.
 `fuse` averages all dropped tokens of an image into one summary token, which goes on in the place of the best of them (EViT's
 idea, weighted here as in merging); the next reduction judges it like any other token.
 """
@@ -21,7 +22,7 @@ from iared2.tokens.packed import PackedTokens, Selection, gone_rows, merge, take
 
 OnDrop = Literal["discard", "merge", "fuse"]
 Similarity = Literal["keys", "tokens"]
-Weights = Literal["mass", "score"]
+Weights = Literal["mass", "score", "kept"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Merging:
     Attributes:
         keep_length: merged tokens get the average length of their parts (`packed.merge`).
         similarity: what tokens are compared by.
-        weights: what a part counts in the average: its patches, or each of them times the part's score.
+        weights: what a part counts in the average: its patches ("mass"), each of them times the part's score ("score"), or nothing beside
+            the kept token ("kept").
     """
 
     keep_length: bool = False

@@ -35,7 +35,9 @@ class TogetherSettings(Settings):
     on_drop: OnDrop = "merge"
     keep_length: bool = Field(True, description="merged tokens keep the average length of their parts")
     similarity: Similarity = Field("tokens", description="tokens are compared by keys, or as the next half of the block reads them")
-    weights: Weights = Field("score", description="parts of a merged token count by their patches, or by those times their scores")
+    weights: Weights = Field(
+        "score", description="parts of a merged token count by their patches, by those times their scores, or not at all"
+    )
     against: float = Field(0.3, ge=0, description="how much evidence against the predicted class counts")
     blur: float = Field(
         0.0, ge=0, le=100, description="blur of the evidence to imitate: standard deviation in patches; what is left gathers"
