@@ -335,6 +335,21 @@ def test_the_page_stands_alone_and_can_be_read_without_eyes(model, photos, tmp_p
     assert "&lt;kind &amp;" in text  # labels of the model are text, not markup
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"on_drop": "discard"}, "the model goes on without them"),
+        ({"on_drop": "merge"}, "averaged into the most similar kept ones"),
+        ({"on_drop": "merge", "weights": "kept"}, "the most similar kept ones count for them"),
+        ({"on_drop": "fuse"}, "averaged into one token"),
+    ],
+)
+def test_the_page_says_what_becomes_of_dropped_patches(settings, said, model, photos, tmp_path):
+    model.configure(**settings)
+    run(model, photos[:1], tmp_path / "out")
+    assert said in (tmp_path / "out/index.html").read_text()
+
+
 def test_the_pages_numbers_are_those_of_the_files(model, photos, tmp_path):
     Gallery(model, tmp_path, GallerySettings("m", device="cpu", workers=0, methods=("rollout", "gaussian"))).run(photos)
     text, entries = (tmp_path / "index.html").read_text(), json.loads((tmp_path / "manifest.json").read_text())["photos"]

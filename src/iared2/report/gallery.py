@@ -239,6 +239,7 @@ class Gallery:
                 "thresholds": config.model_dump(mode="json")["thresholds"] or [0.5] * len(config.first_blocks),
                 "ratios": list(config.ratios),
                 "on_drop": config.on_drop,
+                "merged_by": config.weights,
                 "worth": config.worth is not None,
             },
             weights=tuple(records.Weights(f"{path.parent.name}/{path.name}", sha256(path)) for path in getattr(model, "files", ())),
