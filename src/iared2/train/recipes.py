@@ -316,7 +316,7 @@ def deit_tiny_interpreters() -> Recipe:
 def budget() -> Recipe:
     """Any ViT, any budget, photos without labels: many small reductions trained together. What `--target-macs` runs.
 
-    Cost: about 9 minutes on two CPU cores for DeiT-Tiny and 1,000 photos.
+    Cost: about 6 minutes on two CPU cores for DeiT-Tiny and 1,000 photos.
     Expected: see docs/results.md.
     Command: iared2 train budget --target-macs 0.65x --data FOLDER --model deit_tiny_patch16_224 --output runs/budget
     """
