@@ -343,16 +343,21 @@ def test_training_takes_the_size_that_a_backbone_was_built_for():
     assert Preprocess.of(FAMILIES["deit"].build(), flip=False).size == (32, 32)
 
 
-@pytest.mark.untyped
-def test_few_pictures_and_no_classifier_are_enough(plain, tmp_path, caplog):
-    """A fifth is held out of what there is; a tower without classes is rewarded by the cosine of its embeddings."""
+def tower(plain, tmp_path, *more: str) -> list[str]:
+    """The command for the same backbone without a classifier."""
     from safetensors.torch import load_file
 
     tensors = {name: value for name, value in load_file(plain / "weights.safetensors").items() if not name.startswith("head.")}
     save_file(tensors, tmp_path / "tower.safetensors")
-    arguments = command(plain, "-o", str(tmp_path / "o"), "data.batch_size=4", "data.views=0", "backbone.arguments.num_classes=0")
+    arguments = command(plain, "-o", str(tmp_path / "o"), "data.views=0", "backbone.arguments.num_classes=0", *more)
     arguments[arguments.index("--weights") + 1] = str(tmp_path / "tower.safetensors")
-    assert main([*arguments, "together.walk_epochs=1"]) == 0
+    return arguments
+
+
+@pytest.mark.untyped
+def test_few_pictures_and_no_classifier_are_enough(plain, tmp_path, caplog):
+    """A fifth is held out of what there is; a tower without classes is rewarded by the cosine of its embeddings."""
+    assert main(tower(plain, tmp_path, "data.batch_size=4", "together.walk_epochs=1")) == 0
     text = " ".join(caplog.text.split())
     assert "(on 4 pictures)" in text  # of 24
     assert "MACs cosine to dense patches left" in text and "KL" not in text
@@ -360,16 +365,9 @@ def test_few_pictures_and_no_classifier_are_enough(plain, tmp_path, caplog):
 
 @pytest.mark.untyped
 def test_labels_for_a_tower_without_classes_are_refused(plain, tmp_path, capsys):
-    from safetensors.torch import load_file
-
-    tensors = {name: value for name, value in load_file(plain / "weights.safetensors").items() if not name.startswith("head.")}
-    save_file(tensors, tmp_path / "tower.safetensors")
-    arguments = command(plain, "-o", str(tmp_path / "o"), "data.labels=true", "data.views=0", "backbone.arguments.num_classes=0")
-    arguments[arguments.index("--weights") + 1] = str(tmp_path / "tower.safetensors")
-    assert main(arguments) == 2
-    assert "this backbone has no classifier (num_classes = 0) to be right or wrong; set data.labels=false" in " ".join(
-        capsys.readouterr().err.split()
-    )
+    assert main(tower(plain, tmp_path, "data.labels=true")) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "this backbone has no classifier (num_classes = 0) to be right or wrong; set data.labels=false" in said
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
