@@ -18,10 +18,12 @@ from iared2.reproduce import command, runs
 from iared2.reproduce.bench import Bench
 
 
-def pictures(count: int) -> ImageArrays:
+def pictures(count: int, boxes: bool = False) -> ImageArrays:
+    """Noise; where boxes are asked for, each is the left half."""
     draw = torch.Generator().manual_seed(count)
     pixels = torch.randint(0, 255, (count, 64, 64, 3), generator=draw, dtype=torch.uint8)
-    return ImageArrays(pixels, torch.randint(0, 200, (count,), generator=draw))
+    box = torch.tensor([[0, 0, 31, 63]]).expand(count, 4) if boxes else None
+    return ImageArrays(pixels, torch.randint(0, 200, (count,), generator=draw), boxes=box)
 
 
 def main(folder: Path) -> None:

@@ -227,3 +227,12 @@ def test_blocks_whose_norms_come_last_are_read_as_they_are():
     model = iared2.reduce(FAMILIES["res_post_norm"].build(), (1,), on_drop="merge", similarity="tokens", place="between").eval()
     tokens = model.start(FAMILIES["res_post_norm"].images(1)).tokens
     assert model.adapter.read(1, tokens, half=True) is tokens.x_TD
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("on_drop", ["merge", "fuse"])
+def test_weights_of_next_to_nothing_leave_numbers_in_every_precision(on_drop, dtype):
+    settings = {"weights": "kept", "similarity": "tokens", "rule": "top_k", "ratios": (0.3,), "on_drop": on_drop}
+    model = iared2.reduce(FAMILIES["deit"].build(), (1,), **settings).eval().to(dtype)
+    state = model.reduce_with(model.walk_to(model.start(FAMILIES["deit"].images(2).to(dtype)), 0, reduce=()), 0)
+    assert state.tokens.x_TD.isfinite().all() and state.tokens.mass_T.max() > 1

@@ -6,10 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from iared2.cli import main
-from iared2.data.arrays import ImageArrays
 from iared2.reproduce import bench as bench_module
 from iared2.reproduce import runs, variance
 from iared2.reproduce.bench import RATIOS, Bench
@@ -17,15 +15,9 @@ from iared2.reproduce.command import run_reproduction
 from iared2.reproduce.intervals import half_width, paired, student
 from iared2.reproduce.runs import Configuration, figures
 from iared2.reproduce.tables import DENSE, NAMES, OURS, TABLES
+from reproduce_run import pictures
 
 TINY = Path("tiny")
-
-
-def pictures(count: int, boxes: bool) -> ImageArrays:
-    draw = torch.Generator().manual_seed(count)
-    pixels = torch.randint(0, 255, (count, 64, 64, 3), generator=draw, dtype=torch.uint8)
-    box = torch.tensor([[0, 0, 31, 63]]).expand(count, 4) if boxes else None
-    return ImageArrays(pixels, torch.randint(0, 200, (count,), generator=draw), boxes=box)
 
 
 @pytest.fixture

@@ -27,7 +27,9 @@ class ReductionConfig(Settings):
     on_drop: OnDrop = "discard"
     keep_length: bool = Field(False, description="merged tokens keep the average length of their parts, not that of the average")
     similarity: Similarity = Field("keys", description="tokens are compared by keys, or as the next half of the block reads them")
-    weights: Weights = Field("mass", description="parts of a merged token count by their patches, or by those times their scores")
+    weights: Weights = Field(
+        "mass", description="parts of a merged token count by their patches, by those times their scores, or not at all"
+    )
 
     @model_validator(mode="after")
     def _one_value_per_group(self) -> "ReductionConfig":

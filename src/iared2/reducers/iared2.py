@@ -104,7 +104,8 @@ class InterpreterReducer(Reducer):
             return None
         if self.merging.weights == "score":
             return score_T.clamp(min=_LEAST)
-        return torch.full_like(score_T, _NOTHING).index_fill(0, chosen.index_S, 1.0)
+        precise = torch.promote_types(score_T.dtype, torch.float32)  # float16 has no number so small
+        return torch.full_like(score_T, _NOTHING, dtype=precise).index_fill(0, chosen.index_S, 1.0)
 
     def macs(self, entering: int, kept: int) -> int:
         del kept
