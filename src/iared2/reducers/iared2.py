@@ -104,8 +104,7 @@ class InterpreterReducer(Reducer):
             return None
         if self.merging.weights == "score":
             return score_T.clamp(min=_LEAST)
-        precise = torch.promote_types(score_T.dtype, torch.float32)  # float16 has no number so small
-        return torch.full_like(score_T, _NOTHING, dtype=precise).index_fill(0, chosen.index_S, 1.0)
+        return torch.full_like(score_T, _NOTHING).index_fill(0, chosen.index_S, 1.0)  # scores have 32 bits or more
 
     def macs(self, entering: int, kept: int) -> int:
         del kept
