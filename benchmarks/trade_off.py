@@ -1,6 +1,7 @@
 """Accuracy against multiply-adds on labelled photos: ours (one model per seed) beside ToMe, class attention and chance.
 
-python benchmarks/trade_off.py PHOTOS --weights FILE --calibrate PHOTOS2 --held-out 200 --models RUN0 RUN1 RUN2 [--budgets 0.67 0.60]
+python benchmarks/trade_off.py PHOTOS --weights FILE --calibrate PHOTOS2 --models RUN0 RUN1 RUN2 [--budgets 0.67 0.60]
+    [--configure weights=kept]
 
 PHOTOS is looked at once per row, for the published figure; thresholds are calibrated on pictures held out of PHOTOS2, which were
 trained on by nobody. Differences are paired with the dense model on the same photos; over seeds their mean and 95 % interval
@@ -119,9 +120,15 @@ def speeds(models: dict, images, rounds: int = 7) -> dict[str, float]:
 def over_seeds(rows: list[dict]) -> dict:
     """Mean over seeds, and half the 95 % interval of the difference."""
     means = {key: round(statistics.mean(r[key] for r in rows), 4) for key in ("saved", "top1", "difference", "agreement", "kl")}
-    half = half_width([r["difference"] for r in rows]) or float("nan")
+    half = half_width([r["difference"] for r in rows])
     sources = {s: round(statistics.mean(r["sources"][s] for r in rows), 2) for s in rows[0]["sources"]}
-    return {"method": rows[0]["method"], "seeds": len(rows), **means, "interval": round(half, 2), "sources": sources}
+    return {
+        "method": rows[0]["method"],
+        "seeds": len(rows),
+        **means,
+        "interval": float("nan") if half is None else round(half, 2),
+        "sources": sources,
+    }
 
 
 def arguments() -> argparse.Namespace:
@@ -134,6 +141,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="*", default=[])
     parser.add_argument("--name", default="ours")
     parser.add_argument("--budgets", nargs="*", type=float, default=[0.67, 0.60, 0.54, 0.48])
+    parser.add_argument("--configure", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all models, as weights=kept")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--speed", action="store_true", help=f"also time every model in turn, on {SPEED_ON} of the photos")
     parser.add_argument("--json", type=Path)
@@ -170,6 +178,7 @@ def main() -> None:
             for folder in options.models:
                 trained = (Path(folder) / "backbone.safetensors").is_file()
                 model = iared2.load_reduced(folder) if trained else iared2.load_reduced(folder, backbone=backbone)
+                model.configure(**dict(pair.split("=", 1) for pair in options.configure))
                 expected = Calibrator(model, held, dense=[backbone(batch).float() for batch in held]).to_share(budget)
                 timed.setdefault(f"{options.name} at {budget:g}x", model)
                 found, share = measure(model, images)

@@ -16,6 +16,7 @@ import timm
 import torch
 from PIL import Image
 
+from iared2 import output
 from iared2.data.pictures import Failure
 from iared2.explain import class_names, explain, interpreter_maps, measure
 from iared2.explain.ours import trace_with_heads
@@ -309,8 +310,8 @@ def test_methods_stand_side_by_side_and_their_maps_are_kept(model, photos, tmp_p
 
 def test_the_manifest_is_written_last(model, photos, tmp_path, monkeypatch):
     order = []
-    original = files.write
-    monkeypatch.setattr(files, "write", lambda path, content: order.append(path.name) or original(path, content))
+    original = output.write
+    monkeypatch.setattr(output, "write", lambda path, content: order.append(path.name) or original(path, content))
     run(model, photos, tmp_path / "out")
     assert order[-2:] == ["index.html", "manifest.json"]
 
@@ -417,14 +418,14 @@ def test_failed_sources_join_the_list(model, photos, tmp_path):
 
 
 def test_when_the_disk_is_full_finished_photos_stay_and_the_rest_is_removed(model, photos, tmp_path, monkeypatch):
-    original = files.write
+    original = output.write
 
     def full(path, content):
         if path.parent.name == "wide" and path.name == "overlay_group2.png":
-            raise files.OutputError(f"{path}: cannot be written (No space left on device)")
+            raise output.OutputError(f"{path}: cannot be written (No space left on device)")
         return original(path, content)
 
-    monkeypatch.setattr(files, "write", full)
+    monkeypatch.setattr(output, "write", full)
     outcome = run(model, photos, tmp_path / "out", batch_size=2, workers=0)
     assert "No space left" in outcome.stopped
     assert outcome.exit_code == 1

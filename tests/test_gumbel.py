@@ -12,9 +12,9 @@ from torch.nn import functional as F
 import tiny_run
 from iared2.curriculum import StagePlan
 from iared2.errors import ConfigError
+from iared2.handover import Judged
 from iared2.keep import Given
 from iared2.model import reduce
-from iared2.reducers.iared2 import Judged
 from iared2.reward import EstimatorConfig, RewardConfig
 from iared2.seeds import draws_of_batch
 from iared2.tokens.packed import pack, scatter_places

@@ -9,7 +9,7 @@ import iared2
 import oracle
 import packs
 from families import FAMILIES
-from iared2.handover import carriers, comparing_macs, hand_over
+from iared2.handover import Judged, Merging, carriers, comparing_macs, hand_over
 from iared2.similarity import compare
 from iared2.tokens.packed import GONE, PackedTokens, Selection, gone_rows, select, select_places
 from iared2.tokens.padded import one_bucket
@@ -20,7 +20,9 @@ PREFIX = st.integers(0, 2)
 
 def merged(tokens: PackedTokens, chosen: Selection, how: str = "merge", features_TF: torch.Tensor | None = None, **options) -> PackedTokens:
     """The hand-over by cosines of features, or of the tokens themselves."""
-    return hand_over(tokens, chosen, how, compare(tokens.x_TD if features_TF is None else features_TF, tokens.layout), **options)
+    one_T = torch.ones(len(tokens.x_TD))
+    cosines = compare(tokens.x_TD if features_TF is None else features_TF, tokens.layout)
+    return hand_over(tokens, chosen, how, Judged(one_T, one_T, cosines), **options)
 
 
 def by_loops(tokens: PackedTokens, chosen: Selection, features_TF: torch.Tensor) -> list[int]:
@@ -130,7 +132,7 @@ def test_fusing_makes_one_token_of_all_that_are_dropped(kept, prefix, share, see
     draw = torch.Generator().manual_seed(seed)
     score_T = torch.randint(3, (len(tokens.x_TD),), generator=draw) / 2  # with ties
     chosen, layout = select(packs.keep_mask(tokens.layout, draw, share), tokens.layout), tokens.layout
-    after = hand_over(tokens, chosen, "fuse", relevance_T=score_T)
+    after = hand_over(tokens, chosen, "fuse", Judged(score_T, score_T))
     stays, rows = set(chosen.index_S.tolist()), []
     for image in rows_of(layout):
         gone = [r for r in image if r not in stays]
@@ -149,11 +151,31 @@ def test_fusing_keeps_equal_lengths_equal(images, prefix, k, seed):
     row_BK = torch.stack([torch.randperm(PLACES, generator=draw)[:k] for _ in range(images)]) + prefix
     chosen = select_places(row_BK, uniform.layout)
     score_T = torch.rand(len(uniform.x_TD), generator=draw)
-    after = hand_over(uniform, chosen, "fuse", relevance_T=score_T)
-    wanted = hand_over(ragged, Selection(chosen.index_S, chosen.cu_B1), "fuse", relevance_T=score_T)
+    after = hand_over(uniform, chosen, "fuse", Judged(score_T, score_T))
+    wanted = hand_over(ragged, Selection(chosen.index_S, chosen.cu_B1), "fuse", Judged(score_T, score_T))
     assert after.layout.uniform == prefix + min(k + 1, PLACES)
     assert torch.equal(after.x_TD, wanted.x_TD) and torch.equal(after.layout.origin_T, wanted.layout.origin_T)
     assert torch.equal(after.layout.cu_B1, wanted.layout.cu_B1) and torch.equal(after.carrier_BN, wanted.carrier_BN)
+
+
+@given(kept=packs.images, prefix=PREFIX, share=st.sampled_from([0.0, 0.3, 0.7]), seed=packs.seeds)
+def test_where_the_kept_alone_count_the_best_that_is_dropped_stands_for_all_others(kept, prefix, share, seed):
+    tokens = make_pack(kept, prefix, seed=seed)
+    assume(len(tokens.x_TD))
+    draw = torch.Generator().manual_seed(seed)
+    score_T = torch.rand(len(tokens.x_TD), generator=draw)
+    chosen = select(packs.keep_mask(tokens.layout, draw, share), tokens.layout)
+    after = hand_over(tokens, chosen, "fuse", Judged(score_T, score_T), Merging(weights="kept"))
+    assert torch.equal(after.x_TD, tokens.x_TD[[row for row in range(len(tokens.x_TD)) if row in goes_on(tokens, chosen, score_T)]])
+    averaged = hand_over(tokens, chosen, "fuse", Judged(score_T, score_T))
+    assert torch.equal(after.mass_T, averaged.mass_T) and torch.equal(after.carrier_BN, averaged.carrier_BN)
+
+
+def goes_on(tokens: PackedTokens, chosen: Selection, score_T: torch.Tensor) -> set[int]:
+    """The chosen rows and the best of every image's others."""
+    stays = set(chosen.index_S.tolist())
+    gone = [[r for r in image if r not in stays] for image in rows_of(tokens.layout)]
+    return stays | {max(rows, key=lambda r: score_T[r]) for rows in gone if rows}
 
 
 def test_fusing_without_relevance_is_a_mistake_of_the_caller():
@@ -163,9 +185,9 @@ def test_fusing_without_relevance_is_a_mistake_of_the_caller():
 
 
 def test_merging_without_similarities_is_a_mistake_of_the_caller():
-    tokens = make_pack([[0, 1, 2]], 1)
+    tokens, one_T = make_pack([[0, 1, 2]], 1), torch.ones(4)
     with pytest.raises(ValueError, match="how similar tokens are"):
-        hand_over(tokens, select(torch.tensor([True, False, True, False]), tokens.layout), "merge")
+        hand_over(tokens, select(torch.tensor([True, False, True, False]), tokens.layout), "merge", Judged(one_T, one_T))
 
 
 def test_comparing_costs_one_product_per_pair_and_one_norm_per_token():

@@ -379,6 +379,8 @@ def test_the_card_says_what_is_known(whole, tmp_path):
     assert "not in this folder" in again and "before | blocks 1 |" in again
     trained(build()).save_pretrained(tmp_path)
     assert "blocks 0, 2" in (tmp_path / "README.md").read_text()  # ours follows the model
+    reduce(build(), (1,), on_drop="merge", weights="kept").save_pretrained(tmp_path)
+    assert "gone, but counted by the most similar kept one" in (tmp_path / "README.md").read_text()
     (tmp_path / "README.md").write_text("mine")
     save_reduced(reduce(build(), 2), tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"

@@ -19,9 +19,9 @@ from torch import nn
 import tiny_run
 from iared2.curriculum import StagePlan, algorithm_1
 from iared2.errors import ConfigError, TrainingError
+from iared2.handover import Judged
 from iared2.keep import Threshold
 from iared2.model import reduce
-from iared2.reducers.iared2 import Judged
 from iared2.reward import EstimatorConfig, RewardConfig
 from iared2.tokens.grid import smoothed
 from iared2.tokens.packed import scatter_places

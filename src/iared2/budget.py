@@ -14,9 +14,11 @@ from iared2.errors import ConfigError
 # Share of patches left at relative depth 0, 1/12, ..., 1 of a plain ViT, for about half of the multiply-adds: few go early, where
 # scores know little and similarity decides; most go in the middle, where one patch costs much and says little that is its own.
 CURVE = (1.0, 1.0, 1.0, 0.98, 0.77, 0.52, 0.39, 0.31, 0.25, 0.20, 0.16, 0.13, 0.10)
-# The same where nobody carries on what is dropped. A patch that is gone is then missed by all blocks that follow alike: what can go at
-# all goes at once, and the others stay long.
+# The same where no kept patch stands for what is dropped. A patch that is gone is then missed by all blocks that follow alike: what can
+# go at all goes at once, and the others stay long.
 CURVE_OF_THE_GONE = (0.54, 0.53, 0.52, 0.51, 0.50, 0.49, 0.48, 0.44, 0.40, 0.35, 0.30, 0.27, 0.24)
+
+LARGEST = 12.0  # power of a schedule; beyond it next to nothing is left
 
 _FORM = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(x|%|g|gmacs|m|mmacs|ms)\s*", re.IGNORECASE)
 _UNITS = {"x": ("share", 1.0), "%": ("share", 0.01), "g": ("macs", 1e9), "gmacs": ("macs", 1e9), "m": ("macs", 1e6), "mmacs": ("macs", 1e6)}
@@ -68,7 +70,7 @@ def curve(depth: int, blocks: Sequence[int], between: bool, merges: bool = True)
 
     Args:
         between: whether patches are dropped between the halves of the blocks.
-        merges: whether dropped patches live on in kept ones (`CURVE`), or are gone (`CURVE_OF_THE_GONE`).
+        merges: whether dropped patches are merged into similar kept ones (`CURVE`), or gone, or in one summary (`CURVE_OF_THE_GONE`).
     """
     known, ratios = CURVE if merges else CURVE_OF_THE_GONE, []
     for block in blocks:
@@ -83,23 +85,22 @@ def powered(ratios: Sequence[float], power: float) -> tuple[float, ...]:
     return tuple(ratio**power for ratio in ratios)
 
 
-def solve_power(cost: Callable[[Sequence[float]], float], ratios: Sequence[float], share: float, largest: float = 12.0) -> float:
+def solve_power(cost: Callable[[Sequence[float]], float], ratios: Sequence[float], share: float) -> float:
     """The power s at which the schedule r^s costs `share`; costs fall as s grows.
 
     Args:
         cost: ratios -> share of the dense multiply-adds.
-        largest: the greatest power looked at; beyond it next to nothing is left.
 
     Raises:
         ConfigError: the schedule cannot get there.
     """
-    least, most = cost(powered(ratios, largest)), cost(powered(ratios, 0.0))
+    least, most = cost(powered(ratios, LARGEST)), cost(powered(ratios, 0.0))
     if not least <= share <= most:
         raise ConfigError(
             f"budget: got {share:.2f}x, but reducing at these blocks costs between {least:.2f}x and {most:.2f}x of the dense model; "
             "name a budget in between, or reduce at other blocks"
         )
-    low, high = 0.0, largest
+    low, high = 0.0, LARGEST
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(powered(ratios, middle)) > share else (low, middle)

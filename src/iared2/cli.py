@@ -152,7 +152,7 @@ def explain(
     """
     from iared2.data.pictures import find_pictures
     from iared2.explain.methods import check_names
-    from iared2.report.files import open_folder
+    from iared2.output import open_folder
     from iared2.report.gallery import Gallery, GallerySettings
     from iared2.seeds import seed_all
 

@@ -7,11 +7,11 @@ the next half of the block reads them. In the average each patch may also count 
 when what does not matter is handed to it. Or the kept token alone counts: then what is dropped is gone as with `discard`, and only its
 number is handed over, so that attention goes on as if its carrier stood in all its places.
 `fuse` averages all dropped tokens of an image into one summary token, which goes on in the place of the best of them (EViT's
-idea, weighted here as in merging); the next reduction judges it like any other token.
+idea, weighted here as in merging: where the kept alone count, the best stands for all); the next reduction judges it like any other token.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,22 @@ OnDrop = Literal["discard", "merge", "fuse"]
 Similarity = Literal["keys", "tokens"]
 Weights = Literal["mass", "score", "kept"]
 
+_LEAST = 1e-4  # of a score as a weight, so that no average is divided by nothing
+_NOTHING = 1e-30  # beside the weight of 1 of what goes on, and yet no average is divided by nothing
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Scored tokens: the scores, the chances that rules act on, and similarities where somebody needs them."""
+
+    score_T: Float[Tensor, " T"]
+    chance_T: Float[Tensor, " T"]
+    cosines: Cosines | None = None
+
+    def detach(self) -> "Judged":
+        """Without gradients."""
+        return Judged(self.score_T.detach(), self.chance_T.detach(), self.cosines)
+
 
 @dataclass(frozen=True)
 class Merging:
@@ -33,42 +49,52 @@ class Merging:
         keep_length: merged tokens get the average length of their parts (`packed.merge`).
         similarity: what tokens are compared by.
         weights: what a part counts in the average: its patches ("mass"), each of them times the part's score ("score"), or nothing beside
-            the kept token ("kept").
+            the token that goes on ("kept").
     """
 
     keep_length: bool = False
     similarity: Similarity = "keys"
     weights: Weights = "mass"
 
+    def weights_of(self, score_T: Float[Tensor, " T"], chosen: Selection) -> Float[Tensor, " T"] | None:
+        """What one patch of each row counts in averages, where the chosen rows go on; None: all alike."""
+        if self.weights == "mass":
+            return None
+        if self.weights == "score":
+            return score_T.clamp(min=_LEAST)
+        return torch.full_like(score_T, _NOTHING).index_fill(0, chosen.index_S, 1.0)  # scores have 32 bits or more
+
+
+PLAIN = Merging()
+
 
 def hand_over(
     tokens: PackedTokens,
     chosen: Selection,
     how: OnDrop,
-    cosines: Cosines | None = None,
-    relevance_T: Float[Tensor, " T"] | None = None,
-    **average: Any,
+    judged: Judged | None = None,
+    merging: Merging = PLAIN,
 ) -> PackedTokens:
     """Goes on with the chosen rows and disposes of the others.
 
     Args:
-        cosines: similarities between the tokens; needed by "merge" alone.
-        relevance_T: says which dropped token is the best of its image; needed by "fuse" alone.
-        average: how merged tokens are averaged: `keep_length` and `weight_T` of `packed.merge`.
+        judged: what is known of the tokens: "merge" needs similarities, "fuse" chances, which say what is the best of what an image drops.
+        merging: how these two average.
     """
-    rows = tokens.layout.image_T.shape[0]
     if how == "discard":
         return take(tokens, chosen)
+    if judged is None:
+        raise ValueError(f"hand-over: {how!r} needs to know how relevant tokens are")
     if how == "fuse":
-        if relevance_T is None:
-            raise ValueError("hand-over: 'fuse' needs to know how relevant tokens are")
-        chosen, summary_B = with_best_of_gone(chosen, relevance_T, tokens.layout)
-        gone_G = gone_rows(chosen, rows)
-        return merge(tokens, chosen, gone_G, summary_B[tokens.layout.image_T[gone_G]], **average)
-    if cosines is None:
+        chosen, summary_B = with_best_of_gone(chosen, judged.chance_T, tokens.layout)
+        gone_G = gone_rows(chosen, len(tokens.layout.image_T))
+        carrier_G = summary_B[tokens.layout.image_T[gone_G]]
+    elif judged.cosines is None:
         raise ValueError("hand-over: 'merge' needs to know how similar tokens are")
-    gone_G = gone_rows(chosen, rows)
-    return merge(tokens, chosen, gone_G, carriers(cosines, chosen, gone_G), **average)
+    else:
+        gone_G = gone_rows(chosen, len(tokens.layout.image_T))
+        carrier_G = carriers(judged.cosines, chosen, gone_G)
+    return merge(tokens, chosen, gone_G, carrier_G, merging.keep_length, merging.weights_of(judged.score_T.detach(), chosen))
 
 
 def carriers(cosines: Cosines, chosen: Selection, gone_G: Int[Tensor, " G"]) -> Int[Tensor, " G"]:

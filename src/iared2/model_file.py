@@ -210,6 +210,14 @@ def _read_json(path: Path, wanted: str) -> Any:
         raise WeightsError(f"{path}: not valid JSON ({error}); {wanted}") from None
 
 
+def _words(reduction: dict[str, Any]) -> str:
+    """What becomes of dropped tokens."""
+    how = {"merge": "averaged into the most similar kept one", "fuse": "averaged into one summary token", "discard": "gone"}
+    if reduction["weights"] == "kept":
+        how |= {"merge": "gone, but counted by the most similar kept one", "fuse": "gone, but counted by the best of them"}
+    return how[reduction["on_drop"]] + f" (`{reduction['on_drop']}`)"
+
+
 def write_card(folder: Path, config: dict[str, Any]) -> None:
     """A card that says what is known here and no more, unless somebody wrote one; the hub's own would be a form with its fields empty."""
     path = folder / "README.md"
@@ -225,7 +233,7 @@ def write_card(folder: Path, config: dict[str, Any]) -> None:
         classes=backbone["arguments"].get("num_classes", "unknown"),
         blocks=", ".join(map(str, reduction["first_blocks"])),
         rule=reduction["rule"],
-        on_drop=reduction["on_drop"],
+        on_drop=_words(reduction),
         more="" if rebuilt else ", backbone=...",
     )
     path.write_text(card, encoding="utf-8")

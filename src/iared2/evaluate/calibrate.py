@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iared2 import cost
-from iared2.budget import Budget, curve, powered, solve_power
+from iared2.budget import LARGEST, Budget, curve, powered, solve_power
 from iared2.errors import ConfigError, DataError
 from iared2.evaluate.machine import synchronise
 from iared2.keep import Threshold
@@ -196,11 +196,11 @@ class Calibrator:
         """
         return self.with_slope(self._to_share(self.family(), share))
 
-    def _to_share(self, family: Sequence[float], share: float) -> Expectation:
+    def _to_share(self, family: Sequence[float], share: float, nearest: bool = False) -> Expectation:
         """Starts where the mean picture would cost `share`; pictures that keep different numbers cost a little more than it."""
-        power = solve_power(self.share_of, family, share)
-        low, high = (0.0, 1.0), (12.0, self.share_of(powered(family, 12.0)))  # powers and what they cost
-        expected = self.at(family, power)
+        low, high = ((power, self.share_of(powered(family, power))) for power in (0.0, LARGEST))  # powers and what they cost
+        power = solve_power(self.share_of, family, min(low[1], max(high[1], share)) if nearest else share)
+        tried = [expected := self.at(family, power)]
         for _ in range(8):
             if abs(expected.share - share) < TOLERANCE:
                 break
@@ -210,10 +210,12 @@ class Calibrator:
                 high = (power, expected.share)
             part = (low[1] - share) / max(low[1] - high[1], 1e-9)
             power = low[0] + min(0.9, max(0.1, part)) * (high[0] - low[0])
-            expected = self.at(family, power)
-        if abs(expected.share - share) > FAR:
-            logger.warning("asked for %.3f of the dense multiply-adds, found no thresholds nearer than %.3f", share, expected.share)
-        return expected
+            tried.append(expected := self.at(family, power))
+        best = min(tried, key=lambda one: abs(one.share - share))
+        self.model.threshold = best.thresholds
+        if abs(best.share - share) > FAR:
+            logger.warning("asked for %.3f of the dense multiply-adds, found no thresholds nearer than %.3f", share, best.share)
+        return best
 
     def to_disagreement(self, allowed: float) -> Expectation:
         """The cheapest thresholds found at which at most `allowed` percent of the pictures get another class than from the dense model.
@@ -241,31 +243,45 @@ class Calibrator:
             raise ConfigError(f"disagreement: got {allowed:g} %, which no schedule of this model reaches on these pictures; allow more")
         return self.with_slope(self.at(family, best))
 
-    def to_milliseconds(self, wanted: float) -> Expectation:
+    def to_milliseconds(self, wanted: float, nearest: bool = False) -> Expectation:
         """Thresholds at which an image takes `wanted` milliseconds here, at the batch size of the pictures.
+
+        Args:
+            nearest: where no schedule takes that time, go on with the one that comes nearest, and say so.
 
         Raises:
             ConfigError: the dense model is faster already, or the fastest schedule slower.
         """
         family, low, high = self.family(), 0.0, 4.0
-        slow, fast = self._timed(family, low)[1], self._timed(family, high)[1]
-        if not fast <= wanted <= slow:
+        tried = [self._timed(family, low), self._timed(family, high)]
+        fast, slow = sorted(one[1] for one in tried)  # times are noisy: the milder schedule need not be the slower one
+        if not fast <= wanted <= slow and not nearest:
             raise ConfigError(
                 f"budget: got {wanted:g} ms per image, but this model takes between {fast:.2f} and {slow:.2f} ms here at a batch of "
                 f"{len(self.batches[0])}; name a time in between, or another batch size"
             )
-        found = self._timed(family, 1.0)
         for _ in range(7):
             middle = (low + high) / 2
-            found = self._timed(family, middle)
-            low, high = (middle, high) if found[1] > wanted else (low, middle)
-        if abs(found[1] - wanted) > FAR_IN_TIME * wanted:
-            logger.warning("asked for %.2f ms per image, found no thresholds nearer than %.2f ms", wanted, found[1])
-        return replace(self.with_slope(found[0]), milliseconds=found[1])
+            tried.append(self._timed(family, middle))
+            low, high = (middle, high) if tried[-1][1] > wanted else (low, middle)
+        best, milliseconds = min(tried, key=lambda one: abs(one[1] - wanted))
+        self.model.threshold = best.thresholds
+        if abs(milliseconds - wanted) > FAR_IN_TIME * wanted:
+            logger.warning("asked for %.2f ms per image, found no thresholds nearer than %.2f ms", wanted, milliseconds)
+        return replace(self.with_slope(best), milliseconds=milliseconds)
 
-    def meet(self, budget: Budget) -> Expectation:
-        """Thresholds for a budget of any kind."""
-        return self.to_milliseconds(budget.value) if budget.kind == "ms" else self.to_share(budget.share(self.dense_macs))
+    def meet(self, budget: Budget, nearest: bool = False) -> Expectation:
+        """Thresholds for a budget of any kind.
+
+        Args:
+            nearest: where the budget is out of reach, go on with what comes nearest, and say so.
+
+        Raises:
+            ConfigError: the budget is out of reach.
+        """
+        if budget.kind == "ms":
+            return self.to_milliseconds(budget.value, nearest)
+        return self.with_slope(self._to_share(self.family(), budget.share(self.dense_macs), nearest))
 
     @torch.no_grad()
     def settle(self) -> None:

@@ -14,6 +14,7 @@ from iared2.data.streams import StreamedImages
 from iared2.errors import ConfigError, DataError
 from iared2.evaluate.calibrate import Calibrator
 from iared2.evaluate.classify import eval_preprocess
+from iared2.output import open_folder
 from iared2.runtime import pick_device, precision
 from iared2.saving import load_reduced, save_reduced
 
@@ -54,8 +55,6 @@ def run_calibration(model: str, data: Path, output: Path, wish: Wish, options: C
     Raises:
         IARED2Error: whatever stands in the way, in one line.
     """
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output: got {output}, which is a file; name a folder")
     if options.limit < 1:
         raise ConfigError(f"--limit: got {options.limit}, wanted 1 or more")
     budget = None if wish.budget is None else parse_budget(wish.budget)
@@ -64,6 +63,7 @@ def run_calibration(model: str, data: Path, output: Path, wish: Wish, options: C
     pictures = open_data(data, "val", model_class_ids(reduced.backbone), labels=False)
     if isinstance(pictures, StreamedImages):
         raise DataError(f"{data}: a stream cannot be sampled; give a folder or an archive of pictures")
+    open_folder(output)  # after what may be wrong with the data, so that a refused run leaves nothing
     pictures = pictures.subset(options.limit, options.seed)
     batches = make_batches(pictures, eval_preprocess(reduced), options.batch_size, options.seed, train=False, workers=options.workers)
     with precision(place, options.dtype), torch.no_grad():

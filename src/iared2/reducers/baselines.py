@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from iared2.handover import OnDrop, comparing_macs, hand_over
+from iared2.handover import Judged, OnDrop, comparing_macs, hand_over
 from iared2.interpreter import relative_log
 from iared2.keep import KeepRule, TopK
 from iared2.reducers.base import Reducer, Reduction
@@ -95,7 +95,7 @@ class _Untrained(Reducer):
         chosen = self.rule(score_T, tokens.layout)
         features_TF = tokens.x_TD if key_THK is None else key_THK.flatten(1)
         cosines = compare(features_TF, tokens.layout) if self.wants_keys else None
-        return Reduction(tokens.layout, score_T, chosen, hand_over(tokens, chosen, self.on_drop, cosines, score_T))
+        return Reduction(tokens.layout, score_T, chosen, hand_over(tokens, chosen, self.on_drop, Judged(score_T, score_T, cosines)))
 
     def macs(self, entering: int, kept: int) -> int:
         del kept

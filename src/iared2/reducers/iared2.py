@@ -1,35 +1,15 @@
 """The paper's reducer: a multi-head interpreter, a keep rule, and a hand-over."""
 
-from dataclasses import dataclass
-
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iared2.handover import Merging, OnDrop, comparing_macs, hand_over
+from iared2.handover import PLAIN, Judged, Merging, OnDrop, comparing_macs, hand_over
 from iared2.interpreter import Interpreter
 from iared2.keep import KeepRule
 from iared2.reducers.base import Reducer, Reduction
-from iared2.similarity import Cosines, compare
-from iared2.tokens.packed import PackedTokens, Selection
+from iared2.similarity import compare
+from iared2.tokens.packed import PackedTokens
 from iared2.worth import Worth
-
-_PLAIN = Merging()
-_LEAST = 1e-4  # of a score as a weight, so that no average is divided by nothing
-_NOTHING = 1e-30  # beside a kept token's weight of 1, and yet no average is divided by nothing
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Scored tokens: the scores, the chances that rules act on, and similarities where somebody needs them."""
-
-    score_T: Float[Tensor, " T"]
-    chance_T: Float[Tensor, " T"]
-    cosines: Cosines | None = None
-
-    def detach(self) -> "Judged":
-        """Without gradients."""
-        return Judged(self.score_T.detach(), self.chance_T.detach(), self.cosines)
 
 
 class InterpreterReducer(Reducer):
@@ -44,7 +24,7 @@ class InterpreterReducer(Reducer):
     """
 
     def __init__(
-        self, interpreter: Interpreter, rule: KeepRule, on_drop: OnDrop, worth: Worth | None = None, merging: Merging = _PLAIN
+        self, interpreter: Interpreter, rule: KeepRule, on_drop: OnDrop, worth: Worth | None = None, merging: Merging = PLAIN
     ) -> None:
         super().__init__()
         self.interpreter, self.rule, self.on_drop, self.worth = interpreter, rule, on_drop, worth
@@ -94,17 +74,8 @@ class InterpreterReducer(Reducer):
     def apply_rule(self, rule: KeepRule, tokens: PackedTokens, judged: Judged) -> Reduction:
         """The reduction that `rule` makes of judged tokens (training applies several rules to the same)."""
         chosen = rule(judged.chance_T, tokens.layout)
-        average = {"keep_length": self.merging.keep_length, "weight_T": self._weights(judged.score_T.detach(), chosen)}
-        after = hand_over(tokens, chosen, self.on_drop, judged.cosines, judged.chance_T, **average)
+        after = hand_over(tokens, chosen, self.on_drop, judged, self.merging)
         return Reduction(tokens.layout, judged.score_T, chosen, after, None if self.worth is None else judged.chance_T)
-
-    def _weights(self, score_T: Float[Tensor, " T"], chosen: Selection) -> Float[Tensor, " T"] | None:
-        """What one patch of each row counts in averages; None: all alike."""
-        if self.merging.weights == "mass":
-            return None
-        if self.merging.weights == "score":
-            return score_T.clamp(min=_LEAST)
-        return torch.full_like(score_T, _NOTHING).index_fill(0, chosen.index_S, 1.0)  # scores have 32 bits or more
 
     def macs(self, entering: int, kept: int) -> int:
         del kept

@@ -1,61 +1,18 @@
-"""Files that are whole or not there: written beside their place, then renamed. And names that never collide."""
+"""Pictures and arrays as bytes, and names that never collide."""
 
 import io
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from iared2.data.pictures import show
-from iared2.errors import DataError
 
 _LONGEST = 60  # characters of a name made from a file's name
 RESERVED = frozenset({"index.html", "manifest.json"})
-
-
-class OutputError(DataError):
-    """A result that could not be written: a full disk, a read-only folder."""
-
-
-def open_folder(folder: Path) -> Path:
-    """Makes the output folder, or says why it cannot be one.
-
-    Raises:
-        OutputError: it is a file, or may not be made or written to.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{show(folder)}: the output must be a folder, but this is a file; choose another name")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(f"{show(folder)}: the output folder cannot be written to ({error.strerror})") from None
-    return folder
-
-
-def write(path: Path, content: bytes) -> Path:
-    """Writes a file atomically.
-
-    Raises:
-        OutputError: it could not be written; nothing is left of it, and an older file of that name stays.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{show(path)}: cannot be written ({error.strerror}); free some space or choose another --output") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-    return path
 
 
 def png(image: Image.Image) -> bytes:

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from iared2.data.pictures import Failure, Picture, read_picture
+from iared2 import output
+from iared2.data.pictures import Failure, Picture, read_picture, show
 from iared2.errors import DataError
 from iared2.explain import Explanation, Speed, explain, measure
 from iared2.explain.methods import find_explainer
@@ -190,7 +191,7 @@ class Gallery:
         small = pictures.panel(photo)
 
         def put(file: str, content: bytes) -> str:
-            written.append(files.write(folder / file, content))
+            written.append(output.write(folder / file, content))
             return f"{name}/{file}"
 
         try:
@@ -210,7 +211,7 @@ class Gallery:
             if maps:
                 paths["methods"] = {id_: put(_map_file(id_), files.npy(values)) for id_, values in maps.items()}
                 paths["methods_sheet"] = put("methods.png", files.png(pictures.side_by_side(photo, maps)))
-        except files.OutputError:
+        except output.OutputError:
             _remove(written, folder)
             raise
         return records.picture_record(picture, name, explanation, speed, (paths, embedded))
@@ -219,10 +220,10 @@ class Gallery:
         """The page, and last of all the manifest."""
         facts, speed = self.facts(), records.mean_speed(outcome.speeds)
         try:
-            files.write(self.output / "index.html", page.render(facts, outcome.photos, outcome.failed, speed).encode("utf-8"))
+            output.write(self.output / "index.html", page.render(facts, outcome.photos, outcome.failed, speed).encode("utf-8"))
             manifest = records.manifest(facts, outcome.photos, outcome.failed, speed)
-            files.write(self.output / "manifest.json", json.dumps(manifest, indent=2, allow_nan=False).encode("ascii") + b"\n")
-        except files.OutputError as error:
+            output.write(self.output / "manifest.json", json.dumps(manifest, indent=2, allow_nan=False).encode("ascii") + b"\n")
+        except output.OutputError as error:
             outcome.stopped = outcome.stopped or str(error)
 
     def facts(self) -> records.RunFacts:
@@ -308,7 +309,7 @@ def _collect(drawn: Sequence[Future[records.PhotoRecord]], outcome: Outcome) -> 
     for future in drawn:
         try:
             outcome.photos.append(future.result())
-        except files.OutputError as error:
+        except output.OutputError as error:
             outcome.stopped = outcome.stopped or str(error)
 
 
@@ -316,7 +317,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise files.OutputError(f"{files.show(folder)}: cannot be made ({error.strerror})") from None
+        raise output.OutputError(f"{show(folder)}: cannot be made ({error.strerror})") from None
 
 
 def _remove(written: Sequence[Path], folder: Path) -> None:

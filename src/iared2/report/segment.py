@@ -13,7 +13,7 @@ from iared2.evaluate.report import check_writable, write_json
 from iared2.evaluate.segment import MapRow, Segmentation, SegmentOptions
 from iared2.explain.methods import find_explainer
 from iared2.model import ReducedTransformer
-from iared2.report.files import open_folder, write
+from iared2.output import open_folder, write
 from iared2.report.methods import Request, check_limits, facts_of, tell_rows
 from iared2.report.screen import progress
 from iared2.report.tables import Table, body_of, booktabs, cell, csv_of, lines, missing_note, slow_note, span

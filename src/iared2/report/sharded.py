@@ -9,6 +9,7 @@ from typing import Any
 from iared2.data.cluster import Cluster, fingerprint, shards_of, stamp, weights_of
 from iared2.data.pictures import Failure
 from iared2.model import ReducedTransformer
+from iared2.output import OutputError
 from iared2.report import files, page
 from iared2.report.gallery import TIMED, Gallery, GallerySettings, Outcome
 
@@ -74,5 +75,5 @@ def _explain(gallery: Gallery, photos: Photos, number: int) -> Outcome:
     gallery.timed = TIMED if number == 0 else 0  # the dense backbone is timed beside the first photos only
     gallery.work({paths[row]: photos.names[paths[row]] for row in photos.shards[number]}, photos.side, outcome)
     if outcome.stopped:
-        raise files.OutputError(outcome.stopped)  # a shard that is not whole must not be recorded
+        raise OutputError(outcome.stopped)  # a shard that is not whole must not be recorded
     return outcome

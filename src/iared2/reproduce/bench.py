@@ -11,7 +11,7 @@ from typing import Any, Literal
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from iared2 import assets
@@ -22,6 +22,7 @@ from iared2.data.sources import Data, open_data
 from iared2.data.streams import StreamedImages
 from iared2.data.tiny_imagenet import is_tiny_imagenet
 from iared2.errors import ConfigError, DataError
+from iared2.output import open_folder, write
 from iared2.runtime import from_main
 from iared2.saving import embedded_weights
 from iared2.train.feeds import Feeds
@@ -74,23 +75,24 @@ class Bench:
     workers: int = 0
 
     def check(self) -> None:
-        """Refuses what cannot be done here, before anything is done.
+        """Refuses what cannot be done here, before anything is done, and opens the output folder.
 
         Raises:
             ConfigError: numbers below 1, or the paper's scale without its data or a GPU.
-            DataError: the small scale without Tiny-ImageNet-200.
+            DataError: the small scale without Tiny-ImageNet-200, or an output folder that cannot be written to.
         """
-        if self.output.exists() and not self.output.is_dir():
-            raise ConfigError(f"--output: got {self.output}, which is a file; name a folder")
         for name, value in (("images", self.images), ("val-images", self.val_images), ("seeds", self.seeds)):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name}: got {value}, wanted 1 or more")
-        if self.scale == "small":
-            if not is_tiny_imagenet(self.data):
-                raise DataError(
-                    f"--data: got {self.data}, but --scale small expects Tiny-ImageNet-200 (wnids.txt, train/, val/); name its folder"
-                )
-            return
+        if self.scale == "small" and not is_tiny_imagenet(self.data):
+            raise DataError(
+                f"--data: got {self.data}, but --scale small expects Tiny-ImageNet-200 (wnids.txt, train/, val/); name its folder"
+            )
+        if self.scale == "paper":
+            self._check_the_papers()
+        open_folder(self.output)
+
+    def _check_the_papers(self) -> None:
         lacks = [] if torch.cuda.is_available() else ["no CUDA device"]
         lacks += [f"no {part}/ in {self.data}" for part in ("train", "val") if not (self.data / part).is_dir()]
         if lacks or is_tiny_imagenet(self.data):
@@ -163,13 +165,12 @@ class Bench:
 
 
 def _write(path: Path, pair: tuple[ImageArrays, ImageArrays]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{name}.{part}": getattr(one, part) for name, one in zip(("train", "val"), pair, strict=True) for part in ("pixels", "labels")
     }
     if pair[1].boxes is not None:
         tensors["val.boxes"] = pair[1].boxes
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    write(path, save({name: value.contiguous() for name, value in tensors.items()}))
 
 
 def _read(path: Path) -> tuple[ImageArrays, ImageArrays] | None:

@@ -15,7 +15,8 @@ from iared2.data.pictures import find_pictures, read_picture
 from iared2.errors import DataError
 from iared2.explain.methods import find_explainer
 from iared2.model import ReducedTransformer
-from iared2.report.files import png, write
+from iared2.output import write
+from iared2.report.files import png
 from iared2.report.gallery import Preparation
 from iared2.report.sheet import central, contact_sheet, heat_panels, kept_panels
 from iared2.report.tables import lines

@@ -18,7 +18,7 @@ from iared2.evaluate.map_scores import FIGURES
 from iared2.evaluate.segment import MapRow, Segmentation, SegmentOptions
 from iared2.explain.methods import find_explainer
 from iared2.model import ReducedTransformer
-from iared2.report.files import open_folder
+from iared2.output import open_folder
 from iared2.report.methods import check_limits
 from iared2.report.screen import progress
 from iared2.reproduce.intervals import half_width

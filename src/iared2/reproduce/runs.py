@@ -19,6 +19,7 @@ from iared2.errors import ConfigError, DataError
 from iared2.evaluate.boxes import inside
 from iared2.evaluate.calibrate import FAR, Calibrator
 from iared2.model import ReducedTransformer, reduce
+from iared2.output import open_folder, write
 from iared2.reducers.baselines import RandomReducer, with_reducers
 from iared2.reproduce.bench import Bench, Start
 from iared2.runtime import from_main, pick_device, precision
@@ -192,11 +193,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Written beside and renamed, so that a kill leaves no half. What is not a number is null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
-    beside.replace(path)
+    """A JSON file; what is not a number is null.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write(open_folder(path.parent) / path.name, json.dumps(_plain(value), indent=1, allow_nan=False).encode() + b"\n")
 
 
 def _plain(value: Any) -> Any:

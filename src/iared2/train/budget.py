@@ -86,7 +86,7 @@ def train_together(settings: TogetherSettings, backbone: nn.Module, feeds: Feeds
         calibrator.warn_of_few()
         calibrator.thresholds_for(ratios)
         around = tuple(calibrator.around(share, AROUND))
-        met = calibrator.meet(budget)
+        met = calibrator.meet(budget, nearest=True)  # a training is not thrown away because a time came out otherwise
         calibrator.settle()
         expected = replace(calibrator.with_slope(calibrator.measure()), milliseconds=met.milliseconds)
     return Outcome(model, expected, around)

@@ -75,6 +75,9 @@ def _hold_out(
         count = min(settings.held_out, int(settings.held_out_share * len(data)))
         if count >= len(data):
             raise ConfigError(f"data.held_out: cannot take {settings.held_out} pictures away from {settings.train}; name data.val instead")
+        if count < settings.held_out:
+            few = "data.held_out: %d of %d pictures are held out instead of %d, which is more than data.held_out_share=%g of them"
+            logger.info(few, count, len(data), settings.held_out, settings.held_out_share)
         order = torch.randperm(len(data), generator=generator(0)).tolist()
         return data.select(sorted(order[:count])) if count else None, data.select(sorted(order[count:]))
     source = settings.val or settings.train or ""

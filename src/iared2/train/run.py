@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from iared2.curriculum import StagePlan, algorithm_1
 from iared2.data.arrays import ArrayBatches
 from iared2.errors import ConfigError, IARED2Error
 from iared2.model import ReducedTransformer, reduce
+from iared2.output import open_folder
 from iared2.runtime import pick_device
 from iared2.saving import embedded_weights, load_tensors, pretrained_backbone, save_reduced
 from iared2.seeds import seed_all
@@ -95,7 +95,7 @@ def train(recipe: Recipe, options: RunOptions, feeds: Feeds | None = None) -> Pa
     if recipe.dense is None and recipe.reduction is None and recipe.together is None:
         raise ConfigError(f"recipe {recipe.name}: has neither a dense training nor a reduction; set one of them")
     accelerator = open_accelerator(options.device, recipe.precision)
-    _open_folder(options.output)
+    open_folder(options.output)
     run = partial(run_settings, recipe)
     for part, settings in (("dense", recipe.dense), ("reduction", recipe.reduction), ("together", recipe.together)):
         if settings is not None:
@@ -151,15 +151,6 @@ def open_accelerator(device: str, precision: str) -> Accelerator:
     if accelerator.device.type != place.type:
         raise ConfigError(f"device: got {device!r}, but Accelerate is set to {accelerator.device.type}; look at its ACCELERATE_* variables")
     return accelerator
-
-
-def _open_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"output: got {folder}, wanted a folder that can be written to ({error.strerror}); name another") from None
 
 
 def run_settings(recipe: Recipe, folder: Path) -> RunSettings:

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iared2.errors import ConfigError
+from iared2.handover import Judged
 from iared2.keep import Sampled, Threshold
 from iared2.model import ReducedTransformer
 from iared2.reducers.base import Reduction
-from iared2.reducers.iared2 import InterpreterReducer, Judged
+from iared2.reducers.iared2 import InterpreterReducer
 from iared2.reward import EstimatorConfig, RewardConfig, advantages, entropy, log_probability, policy_gradient_loss, reward
 from iared2.runtime import mean_of_all
 from iared2.tokens.packed import join, split, sum_of_patches
