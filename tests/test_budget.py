@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import iared2
 from families import FAMILIES
@@ -261,6 +261,24 @@ def test_a_training_for_a_time_that_cannot_be_had_any_more_is_saved_all_the_same
     text = " ".join(caplog.text.split())
     assert "asked for 7.00 ms per image, found no thresholds nearer than" in text
     assert iared2.load_reduced(out, weights=plain / "weights.safetensors").config.rule == "threshold"
+
+
+@pytest.mark.untyped
+def test_fine_tuned_blocks_go_half_of_the_way(plain, tmp_path):
+    """And a run that is given again after its end goes no further."""
+    alone = ("together.imitation_epochs=0", "together.walk_epochs=0", "together.block_epochs=1", "together.block_optim.lr=1e-2")
+
+    def trained(folder: str, *more: str) -> dict[str, torch.Tensor]:
+        assert main(command(plain, "-o", str(tmp_path / folder), *alone, *SMALL, *more)) == 0
+        return dict(iared2.load_reduced(tmp_path / folder).backbone.named_parameters())
+
+    old = load_file(plain / "weights.safetensors")
+    whole, half = trained("whole", "together.block_share=1"), trained("half")
+    moved = [name for name in whole if not torch.equal(whole[name], old[name])]
+    assert moved and all(name.startswith(("blocks.", "norm.", "head.", "fc_norm.")) for name in moved)
+    for name in whole:
+        torch.testing.assert_close(half[name], (old[name] + whole[name]) / 2)
+    assert all(torch.equal(value, half[name]) for name, value in trained("half").items())
 
 
 @pytest.mark.untyped

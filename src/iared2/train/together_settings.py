@@ -46,10 +46,13 @@ class TogetherSettings(Settings):
     imitation_epochs: Whole = Field(1, ge=0)
     walk_epochs: Whole = Field(1, ge=0)
     block_epochs: Whole = Field(0, ge=0, description="fine-tuning of the blocks by distillation from the dense model")
+    block_share: float = Field(
+        0.5, gt=0, le=1, description="how far blocks go from their old weights to the fine-tuned ones; half of the way forgets less"
+    )
     walk: WalkSettings = WalkSettings()
     imitation_optim: OptimSettings = OptimSettings(lr=1e-3, lr_batch=32)
     walk_optim: OptimSettings = OptimSettings(lr=3e-4, lr_batch=32)
-    block_optim: OptimSettings = OptimSettings(lr=2e-5, lr_batch=32)
+    block_optim: OptimSettings = OptimSettings(lr=5e-5, lr_batch=32)
 
     @field_validator("target")
     @classmethod
