@@ -104,9 +104,9 @@ def plot(table: Table, dense: Row, results: Results, path: Path) -> None:
         colour = f"C{list(curves).index(word) if word in curves else len(curves)}" if table.curve else f"C{number}"
         axes.plot(*zip(*points, strict=True), "o", color=colour, label=None if word in curves else word)
         curves.setdefault(word, []).append((statistics.mean(x for x, _ in points), statistics.mean(y for _, y in points)))
-    for number, points in enumerate(curves.values()):
+    for number, (word, points) in enumerate(curves.items()):
         if len(points) > 1:
-            axes.plot(*zip(*sorted(points), strict=True), "-", color=f"C{number}", alpha=0.5)
+            axes.plot(*zip(*sorted(points), strict=True), "-", color=f"C{number}", alpha=0.5, label=f"{word}, mean of each row")
     axes.plot([1], [dense["top1"]], "k*", label="dense")
     finish(path)
 
