@@ -131,6 +131,14 @@ def over_seeds(rows: list[dict]) -> dict:
     }
 
 
+def pair(text: str) -> tuple[str, str]:
+    """KEY=VALUE."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted KEY=VALUE")
+    return key, value
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos")
@@ -141,7 +149,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="*", default=[])
     parser.add_argument("--name", default="ours")
     parser.add_argument("--budgets", nargs="*", type=float, default=[0.67, 0.60, 0.54, 0.48])
-    parser.add_argument("--configure", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all models, as weights=kept")
+    parser.add_argument(
+        "--configure", nargs="*", type=pair, default=[], metavar="KEY=VALUE", help="settings of all models, as weights=kept"
+    )
+    parser.add_argument("--top-k", action="store_true", help="once calibrated, the same share of patches in every image")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--speed", action="store_true", help=f"also time every model in turn, on {SPEED_ON} of the photos")
     parser.add_argument("--json", type=Path)
@@ -178,8 +189,10 @@ def main() -> None:
             for folder in options.models:
                 trained = (Path(folder) / "backbone.safetensors").is_file()
                 model = iared2.load_reduced(folder) if trained else iared2.load_reduced(folder, backbone=backbone)
-                model.configure(**dict(pair.split("=", 1) for pair in options.configure))
+                model.configure(**dict(options.configure))
                 expected = Calibrator(model, held, dense=[backbone(batch).float() for batch in held]).to_share(budget)
+                if options.top_k:
+                    model.configure(rule="top_k", ratios=expected.ratios)
                 timed.setdefault(f"{options.name} at {budget:g}x", model)
                 found, share = measure(model, images)
                 seeds.append(row(f"{options.name} at {budget:g}x", found, dense, labels, share, sources))

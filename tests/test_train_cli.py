@@ -185,9 +185,10 @@ def test_backbone_arguments_take_new_keys() -> None:
 
 def test_an_output_that_cannot_be_a_folder(train, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    refused(train(output=tmp_path / "file"), "output: got", "wanted a folder")
-    refused(train(output=tmp_path / "file" / "below"), "output: got", "wanted a folder")
-    refused(train(output="/proc/zz"), "output: got /proc/zz, wanted a folder")
+    refused(train(output=tmp_path / "file"), "the output must be a folder", "this is a file")
+    refused(train(output=tmp_path / "file" / "below"), "the output folder cannot be written to", "another name")
+    refused(train(output="/proc/zz"), "/proc/zz: the output folder cannot be written to")
+    refused(train(output=tmp_path / ("a" * 300)), "the output folder cannot be written to (File name too long)")
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -18,9 +18,9 @@ def open_folder(folder: Path) -> Path:
     Raises:
         OutputError: it is a file, or may not be made or written to.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{show(folder)}: the output must be a folder, but this is a file; choose another name")
     try:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{show(folder)}: the output must be a folder, but this is a file; choose another name")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
