@@ -4,13 +4,14 @@ python benchmarks/trade_off.py PHOTOS --weights FILE --calibrate PHOTOS2 --model
     [--configure weights=kept]
 
 PHOTOS is looked at once per row, for the published figure; thresholds are calibrated on pictures held out of PHOTOS2, which were
-trained on by nobody. Differences are paired with the dense model on the same photos; over seeds their mean and 95 % interval
-(Student's t). Peers have no seed: there the interval is the paired standard error times 1.96.
+trained on by nobody. Differences are paired with the dense model on the same photos; over seeds means and their 95 % intervals
+(Student's t). Peers have no seed: there the interval is the (paired) standard error over photos times 1.96.
 """
 
 import argparse
 import json
 import math
+import re
 import statistics
 import time
 from pathlib import Path
@@ -18,8 +19,10 @@ from pathlib import Path
 import iared2  # first: see iared2/_compat.py
 
 # isort: split
+import matplotlib as mpl
 import timm
 import torch
+from matplotlib import pyplot as plt
 from torch.nn import functional as F
 
 from iared2.data.arrays import Preprocess
@@ -64,19 +67,23 @@ def row(name: str, found, dense, labels, share: float, sources) -> dict:
     """One line of the table, in percent."""
     right, was = (found.argmax(1) == labels).double(), (dense.argmax(1) == labels).double()
     difference = right - was
-    kl = F.kl_div(found.log_softmax(1), dense.log_softmax(1), reduction="batchmean", log_target=True).item()
+    agree = (found.argmax(1) == dense.argmax(1)).double()
+    kl = F.kl_div(found.log_softmax(1), dense.log_softmax(1), reduction="none", log_target=True).sum(1).double()
     parts = {}
     for source in sorted(set(sources or ())):
         mine = torch.tensor([other == source for other in sources])
         parts[source] = round(100 * difference[mine].mean().item(), 2)
+    errors = {
+        key: value.std().item() / math.sqrt(len(labels)) for key, value in (("difference", difference), ("agreement", agree), ("kl", kl))
+    }
     return {
         "method": name,
         "saved": round(100 * (1 - share), 2),
         "top1": round(100 * right.mean().item(), 2),
         "difference": round(100 * difference.mean().item(), 3),
-        "standard_error": round(100 * difference.std().item() / math.sqrt(len(labels)), 3),
-        "agreement": round(100 * (found.argmax(1) == dense.argmax(1)).double().mean().item(), 2),
-        "kl": round(kl, 4),
+        "agreement": round(100 * agree.mean().item(), 2),
+        "kl": round(kl.mean().item(), 4),
+        "intervals": {key: round((1 if key == "kl" else 100) * 1.96 * error, 4) for key, error in errors.items()},
         "sources": parts,
     }
 
@@ -118,17 +125,12 @@ def speeds(models: dict, images, rounds: int = 7) -> dict[str, float]:
 
 
 def over_seeds(rows: list[dict]) -> dict:
-    """Mean over seeds, and half the 95 % interval of the difference."""
+    """Means over seeds, and halves of their 95 % intervals."""
     means = {key: round(statistics.mean(r[key] for r in rows), 4) for key in ("saved", "top1", "difference", "agreement", "kl")}
-    half = half_width([r["difference"] for r in rows])
+    halves = {key: half_width([r[key] for r in rows]) for key in ("difference", "agreement", "kl")}
     sources = {s: round(statistics.mean(r["sources"][s] for r in rows), 2) for s in rows[0]["sources"]}
-    return {
-        "method": rows[0]["method"],
-        "seeds": len(rows),
-        **means,
-        "interval": float("nan") if half is None else round(half, 2),
-        "sources": sources,
-    }
+    intervals = {key: float("nan") if half is None else round(half, 4) for key, half in halves.items()}
+    return {"method": rows[0]["method"], "seeds": len(rows), **means, "intervals": intervals, "sources": sources}
 
 
 def pair(text: str) -> tuple[str, str]:
@@ -156,15 +158,50 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--speed", action="store_true", help=f"also time every model in turn, on {SPEED_ON} of the photos")
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--also", nargs="*", type=Path, default=[], help="--json files of other runs on the same photos, for table and plot"
+    )
+    parser.add_argument("--plot", type=Path, help="a PNG: KL and top-1 against multiply-adds")
     return parser.parse_args()
 
 
 def print_table(rows: list[dict]) -> None:
     print("\n| method | multiply-adds saved | top-1 | difference | agreement | KL |\n|---|---|---|---|---|---|")
     for r in rows:
-        half = r["interval"] if "interval" in r else 1.96 * r["standard_error"]
-        loss = f"{r['difference']:+.2f} ± {half:.2f}"
-        print(f"| {r['method']} | {r['saved']:.1f} % | {r['top1']:.2f} | {loss} | {r['agreement']:.1f} % | {r['kl']:.4f} |")
+        half = r["intervals"]
+        loss = f"{r['difference']:+.2f} ± {half['difference']:.2f}"
+        near = f"{r['agreement']:.1f} ± {half['agreement']:.1f} % | {r['kl']:.4f} ± {half['kl']:.4f}"
+        print(f"| {r['method']} | {r['saved']:.1f} % | {r['top1']:.2f} | {loss} | {near} |")
+    if rows[0]["sources"]:
+        print(f"\n| difference | {' | '.join(rows[0]['sources'])} |\n|---|{'---|' * len(rows[0]['sources'])}")
+        for r in rows[1:]:
+            print(f"| {r['method']} | {' | '.join(f'{value:+.2f}' for value in r['sources'].values())} |")
+
+
+def family(method: str) -> str:
+    """What a row's point is joined with: the method without its rates or budget."""
+    head, _, how = method.rpartition(", ")
+    name = re.split(r" at | r=| \d+ ?%", head or method)[0]
+    return f"{name}, {how}" if head else name
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """KL and the difference in top-1 against what is saved; bars are 95 % intervals."""
+    mpl.use("Agg")
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=100)
+    for number, name in enumerate(dict.fromkeys(family(r["method"]) for r in rows if r["method"] != "dense")):
+        mine = sorted((r for r in rows if family(r["method"]) == name), key=lambda r: r["saved"])
+        saved, look = [r["saved"] for r in mine], {"color": f"C{number}", "marker": "o", "markersize": 3, "capsize": 2, "label": name}
+        left.errorbar(saved, [r["kl"] for r in mine], yerr=[r["intervals"]["kl"] for r in mine], **look)
+        right.errorbar(saved, [r["difference"] for r in mine], yerr=[r["intervals"]["difference"] for r in mine], **look)
+    left.set(xlabel="multiply-adds saved, %", ylabel="KL to the dense model, nats", yscale="log")
+    right.set(xlabel="multiply-adds saved, %", ylabel="top-1 against dense, points")
+    right.axhline(0, color="k", linewidth=0.5)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=7)
+    drawn.tight_layout()
+    drawn.savefig(path)
 
 
 def main() -> None:
@@ -206,7 +243,10 @@ def main() -> None:
                 print(f"{name}: {rate:.1f} images/s, {rate / found_speeds['dense']:.2f} x dense", flush=True)
             for one in rows:
                 one["images_per_second"] = round(found_speeds.get(one["method"], float("nan")), 1)
+    rows += [one for path in options.also for one in json.loads(path.read_text())["rows"] if one["method"] != "dense"]
     print_table(rows)
+    if options.plot:
+        plot(rows, options.plot)
     if options.json:
         about = {"photos": len(labels), "machine": describe_machine(torch.device("cpu")), "versions": versions()}
         options.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
