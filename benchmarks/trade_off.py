@@ -199,7 +199,7 @@ def plot(rows: list[dict], path: Path) -> None:
     right.axhline(0, color="k", linewidth=0.5)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    left.legend(fontsize=7)
+    right.legend(fontsize=7)
     drawn.tight_layout()
     drawn.savefig(path)
 
