@@ -81,18 +81,19 @@ def hand_over(
         judged: what is known of the tokens: "merge" needs similarities, "fuse" chances, which say what is the best of what an image drops.
         merging: how these two average.
     """
+    rows = tokens.layout.image_T.shape[0]  # not len(): an exported graph would take it for a constant
     if how == "discard":
         return take(tokens, chosen)
     if judged is None:
         raise ValueError(f"hand-over: {how!r} needs to know how relevant tokens are")
     if how == "fuse":
         chosen, summary_B = with_best_of_gone(chosen, judged.chance_T, tokens.layout)
-        gone_G = gone_rows(chosen, len(tokens.layout.image_T))
+        gone_G = gone_rows(chosen, rows)
         carrier_G = summary_B[tokens.layout.image_T[gone_G]]
     elif judged.cosines is None:
         raise ValueError("hand-over: 'merge' needs to know how similar tokens are")
     else:
-        gone_G = gone_rows(chosen, len(tokens.layout.image_T))
+        gone_G = gone_rows(chosen, rows)
         carrier_G = carriers(judged.cosines, chosen, gone_G)
     return merge(tokens, chosen, gone_G, carrier_G, merging.keep_length, merging.weights_of(judged.score_T.detach(), chosen))
 
