@@ -212,10 +212,10 @@ def _read_json(path: Path, wanted: str) -> Any:
 
 def _words(reduction: dict[str, Any]) -> str:
     """What becomes of dropped tokens."""
-    how = {"merge": "averaged into the most similar kept one", "fuse": "averaged into one summary token", "discard": "gone"}
-    if reduction["weights"] == "kept":
-        how |= {"merge": "gone, but counted by the most similar kept one", "fuse": "gone, but counted by the best of them"}
-    return how[reduction["on_drop"]] + f" (`{reduction['on_drop']}`)"
+    heir = {"merge": "the most similar kept one", "fuse": "the best of them"}.get(reduction["on_drop"])
+    if heir is None:
+        return "gone"
+    return f"gone, but counted by {heir}" if reduction["weights"] == "kept" else f"averaged into {heir}"
 
 
 def write_card(folder: Path, config: dict[str, Any]) -> None:
