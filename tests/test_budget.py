@@ -324,6 +324,8 @@ def test_the_embedded_models_weights_are_found_in_the_package(plain, tmp_path):
         ("1.5x", (), "wanted less than 1"),
         ("soon", (), "together.target: budget: got 'soon', wanted a share"),
         ("0.7x", ("together.walk.labels=true", "together.walk_epochs=1"), "together.walk.labels needs labels; give labelled data"),
+        ("0.7x", ("together.block_target=label", "together.block_epochs=1"), "together.block_target=label needs labels; give labelled"),
+        ("0.7x", ("together.block_first=99", "together.block_epochs=1"), "together.block_first: got 99"),
         ("0.7x", ("data.flip=true",), "together.remember: needs pictures without augmentation"),
         ("0.7x", ("data.held_out=24", "data.held_out_share=1"), "cannot take 24 pictures away"),
     ],

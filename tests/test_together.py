@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import iared2
 from families import FAMILIES
+from iared2.errors import ConfigError
 from iared2.interpreter import InterpreterConfig
 from iared2.keep import Given, TopK
 from iared2.reducers.baselines import AttentionReducer, RandomReducer, ToMeReducer, with_reducers
@@ -17,7 +18,7 @@ from iared2.seeds import draws_of_batch
 from iared2.train.budget import _stages
 from iared2.train.evidence import dense_evidence
 from iared2.train.feeds import Feeds
-from iared2.train.together import DistilTask, ImitationTask, Memory, WalkTask, repeat, share_loss
+from iared2.train.together import FineTuneTask, ImitationTask, Memory, WalkTask, repeat, share_loss
 from iared2.train.together_settings import TogetherSettings, WalkSettings
 from iared2.worth import WorthConfig
 
@@ -234,7 +235,7 @@ def test_repeated_states_end_where_the_single_one_does():
 def test_distilling_trains_blocks_from_the_first_reduction_on_towards_the_dense_answers():
     reduced, data = model(), batch(8)
     teacher = copy.deepcopy(reduced.backbone)
-    task = DistilTask(reduced, teacher)
+    task = FineTuneTask(reduced, teacher)
     task.begin()
     before = {name: value.clone() for name, value in reduced.named_parameters()}
     optimizer = torch.optim.Adam([p for p in reduced.parameters() if p.requires_grad], lr=1e-3)
@@ -257,16 +258,48 @@ def test_distilling_asks_the_dense_model_once_per_picture():
     reduced, data, asked = model(), batch(4), []
     teacher = copy.deepcopy(reduced.backbone).eval()
     teacher.register_forward_hook(lambda _module, images, _output: asked.append(len(images[0])))
-    task = DistilTask(reduced, teacher, Memory())
+    task = FineTuneTask(reduced, teacher, Memory())
     task.begin()
     first = task(data)["loss"]
     swapped = {name: value.flip(0) for name, value in data.items()}
     torch.testing.assert_close(task(swapped)["loss"], first)
     assert asked == [4] and task.remembers
-    again = DistilTask(reduced, teacher, Memory())
+    again = FineTuneTask(reduced, teacher, Memory())
     again.look_back(data)
     torch.testing.assert_close(again(data)["loss"], first)
     assert asked == [4, 4]
+
+
+@pytest.mark.parametrize(("first", "head"), [(None, False), (3, False), (4, True), (0, True)])
+def test_fine_tuning_trains_the_blocks_and_the_head_that_were_named(first, head):
+    reduced = model()
+    task = FineTuneTask(reduced, copy.deepcopy(reduced.backbone), None, first, head)
+    task.begin()
+    learns = {name for name, value in reduced.named_parameters() if value.requires_grad}
+    begins = 1 if first is None else first
+    wanted = [f"backbone.blocks.{block}." for block in range(begins, 4)] + ["backbone.norm.", "backbone.head."] * head
+    assert all(name.startswith(tuple(wanted)) for name in learns)
+    assert all(any(name.startswith(one) for name in learns) for one in wanted)
+
+
+@pytest.mark.parametrize(("first", "head"), [(5, True), (4, False), (-1, True)])
+def test_fine_tuning_refuses_blocks_that_are_not_there(first, head):
+    with pytest.raises(ConfigError, match=f"block_first: got {first} .* blocks are 0 to 3"):
+        FineTuneTask(model(), None, None, first, head)
+
+
+def test_fine_tuning_by_labels_is_cross_entropy_of_the_reduced_answers():
+    reduced, data = model(), batch(6, labels=True)
+    task = FineTuneTask(reduced, None, Memory())
+    task.begin()
+    assert not task.remembers
+    task.look_back(data)  # nobody is asked
+    with torch.no_grad():
+        log_p = reduced(data["images"]).double().log_softmax(1)
+    found = task(data)
+    wanted = -log_p.gather(1, data["labels"][:, None]).mean()
+    assert found["loss"].item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert found["accuracy"].item() == pytest.approx((log_p.argmax(1) == data["labels"]).double().mean().item())
 
 
 # ---- baselines ------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from iared2.train.learner import copy_of_trained
 from iared2.train.optim import OptimSettings, schedule_factor
 from iared2.train.run import _train_reduction, build_stage
 from iared2.train.tasks import BlocksTask, InterpreterTask
-from iared2.train.together import DistilTask, ImitationTask, Memory
+from iared2.train.together import FineTuneTask, ImitationTask, Memory
 from iared2.train.trainer import RunSettings, Stage, Task, Trainer
 from iared2.train.warm_start import WarmStartTask, mass_evidence
 
@@ -203,7 +203,7 @@ def test_a_copy_of_a_task_shares_its_teacher_and_what_it_remembers() -> None:
         BlocksTask(model, 0, True, tiny_run.tiny_backbone()),
         WarmStartTask(model, 0, 0.5, cache=True),
         ImitationTask(model, (0.5, 0.5), memory),
-        DistilTask(model, tiny_run.tiny_backbone(), memory),
+        FineTuneTask(model, tiny_run.tiny_backbone(), memory),
     ]
     for task in tasks:
         task.begin()

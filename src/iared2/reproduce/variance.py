@@ -9,6 +9,7 @@ import logging
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,32 +37,47 @@ GROUP = 1  # counted from 0: the one whose maps the paper shows
 DRAWS = 48  # gradients per estimator, on one batch
 PASSES = 480  # forward passes of a batch behind the prefix that learning may use, over all batches
 PICTURES = 128  # at most this many pictures to learn on
+ENTROPY_BONUSES = (1.0, 10.0)  # reward per nat of a patch's chance
+_COLOURS = {1: "C0", 2: "C1", 4: "C2", 8: "C3"}  # by samples
+_MARKS = {(False, 0.0): ("-", "o"), (True, 0.0): ("--", "x"), (False, 1.0): (":", "^"), (False, 10.0): ("-.", "v")}
 BATCH = {"data.batch_size": 8}  # small, so that there is noise to see
 
 
-def estimators() -> list[tuple[str, EstimatorConfig]]:
-    """The paper's, and leave-one-out with 2, 4 and 8 samples; each with and without normalised advantages."""
+@dataclass(frozen=True)
+class Estimator:
+    """One way to estimate the policy gradient, and what is added to the reward for chances that stay open."""
+
+    name: str
+    config: EstimatorConfig
+    entropy_bonus: float = 0.0
+
+    @property
+    def passes(self) -> int:
+        """Forward passes behind the prefix per step."""
+        return self.config.samples + (self.config.baseline == "greedy")
+
+    def use(self, task: InterpreterTask) -> None:
+        """Has the task learn this way from now on."""
+        task.estimator, task.entropy_bonus = self.config, self.entropy_bonus
+
+
+def estimators() -> list[Estimator]:
+    """The paper's, and leave-one-out with 2, 4 and 8 samples; plain, with normalised advantages, and some with an entropy bonus."""
     kinds = [("greedy, K=1", "greedy", 1)] + [(f"leave-one-out, K={k}", "leave_one_out", k) for k in (2, 4, 8)]
-    return [
-        (
-            name + (", normalised" if normal else ""),
-            EstimatorConfig.model_validate({"samples": k, "baseline": kind, "normalise_advantage": normal}),
-        )
-        for normal in (False, True)
-        for name, kind, k in kinds
+    plain = [Estimator(name, EstimatorConfig.model_validate({"samples": k, "baseline": kind})) for name, kind, k in kinds]
+    normal = {"normalise_advantage": True}
+    normalised = [Estimator(f"{way.name}, normalised", way.config.model_copy(update=normal)) for way in plain]
+    open_chances = [
+        Estimator(f"{way.name}, entropy {bonus:g}", way.config, bonus) for bonus in ENTROPY_BONUSES for way in (plain[0], plain[-1])
     ]
-
-
-def passes(config: EstimatorConfig) -> int:
-    """Forward passes behind the prefix per step."""
-    return config.samples + (config.baseline == "greedy")
+    return plain + normalised + open_chances
 
 
 def run_variance(bench: Bench) -> int:
     """Measures every estimator with every seed, and writes OUT/variance.json, .md and .png."""
     rows: list[Row] = []
     for seed in range(bench.seeds):
-        how = digest(bench.recipe(BATCH, seed), DRAWS, PASSES, PICTURES)
+        how = digest(bench.recipe(BATCH, seed), DRAWS, PASSES, PICTURES, estimators())
         path = bench.output / "runs" / f"variance-{bench.scale}-{how}-{seed}.json"
         known = read_json(path)
         if known is None:
@@ -81,12 +97,12 @@ def _study(bench: Bench, seed: int) -> list[Row]:
     with precision(device, "bfloat16" if recipe.precision == "bf16" else "float32"):
         task, batches = _prepared(bench, recipe, device)
         start = copy.deepcopy(task.reducer.state_dict())
-        rows = [{"name": name, "seed": seed, "passes": passes(config)} for name, config in estimators()]
+        rows: list[Row] = [{"name": way.name, "seed": seed, "passes": way.passes} for way in estimators()]
         for row, found in zip(rows, _noise(task, batches[0], seed), strict=True):
             row.update(found)
-        for row, (_, config) in zip(rows, estimators(), strict=True):
+        for row, way in zip(rows, estimators(), strict=True):
             task.reducer.load_state_dict(start)
-            row.update(_learn(task, batches, config, settings.interpreter_optim, seed))
+            row.update(_learn(task, batches, way, settings.interpreter_optim, seed))
     return rows
 
 
@@ -119,14 +135,14 @@ def _noise(task: InterpreterTask, batch: dict[str, Tensor], seed: int) -> list[R
         estimator, which also compares estimators of other lengths.
     """
     gradients = []
-    for _, config in estimators():
-        task.estimator = config
+    for way in estimators():
+        way.use(task)
         draws = []
         for draw in range(DRAWS):
-            seed_all(seed, draw, config.samples)
+            seed_all(seed, draw, way.config.samples)
             draws.append(_gradient(task, batch))
         gradients.append(torch.stack(draws))
-    best = gradients[[name for name, _ in estimators()].index("leave-one-out, K=8")]
+    best = gradients[[way.name for way in estimators()].index("leave-one-out, K=8")]
     rows = []
     for found in gradients:
         others = (best.sum(0) - best) / (DRAWS - 1)
@@ -141,16 +157,16 @@ def _gradient(task: InterpreterTask, batch: dict[str, Tensor]) -> Float[Tensor, 
     return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)]).double()
 
 
-def _learn(task: InterpreterTask, batches: Sequence[dict[str, Tensor]], config: EstimatorConfig, optim: OptimSettings, seed: int) -> Row:
+def _learn(task: InterpreterTask, batches: Sequence[dict[str, Tensor]], way: Estimator, optim: OptimSettings, seed: int) -> Row:
     """Greedy reward before and after learning for `PASSES` forward passes.
 
     And on the way: after how many passes a batch's sampled reward stood by how much above its greedy reward before learning, since batches
     differ by more than learning changes.
     """
-    before = _greedy_rewards(task, batches)
-    task.estimator = config
+    before, _ = _greedy(task, batches)
+    way.use(task)
     optimizer = build_optimizer(task, optim, len(batches[0]["labels"]))
-    steps, curve = PASSES // passes(config), []
+    steps, curve = PASSES // way.passes, []
     for step in range(steps):
         set_rate(optimizer.param_groups, schedule_factor(optim, step, steps))
         seed_all(seed, 1, step)
@@ -160,17 +176,19 @@ def _learn(task: InterpreterTask, batches: Sequence[dict[str, Tensor]], config: 
         torch.nn.utils.clip_grad_norm_(task.reducer.parameters(), optim.clip_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
-        curve.append(((step + 1) * passes(config), float(logs["reward"]) - before[number]))
-    after = statistics.mean(_greedy_rewards(task, batches))
-    return {"reward_before": statistics.mean(before), "reward_after": after, "curve": curve}
+        curve.append(((step + 1) * way.passes, float(logs["reward"]) - before[number]))
+    after, entropies = _greedy(task, batches)
+    means = {"reward_before": statistics.mean(before), "reward_after": statistics.mean(after), "entropy": statistics.mean(entropies)}
+    return {**means, "curve": curve}
 
 
 @torch.no_grad()
-def _greedy_rewards(task: InterpreterTask, batches: Sequence[dict[str, Tensor]]) -> list[float]:
-    """The greedy reward of each batch."""
+def _greedy(task: InterpreterTask, batches: Sequence[dict[str, Tensor]]) -> tuple[list[float], list[float]]:
+    """The greedy reward of each batch, and the mean entropy of a patch's chance in nats."""
     task.estimator = EstimatorConfig()
     seed_all(0)
-    return [float(task(batch)["baseline"]) for batch in batches]
+    logs = [task(batch) for batch in batches]
+    return [float(found["baseline"]) for found in logs], [float(found["entropy"]) for found in logs]
 
 
 def _write(rows: list[Row], bench: Bench) -> None:
@@ -184,15 +202,16 @@ def _write(rows: list[Row], bench: Bench) -> None:
         "cosine to the mean gradient",
         "reward before",
         "gained",
+        "entropy after",
         "seeds",
     ]
     out += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, _ in estimators():
-        mine = [row for row in rows if row["name"] == name]
+    for way in estimators():
+        mine = [row for row in rows if row["name"] == way.name]
         costly = [{**row, "costly": row["variance"] * row["passes"], "gained": _gained(row)} for row in mine]
-        cells = [name, str(mine[0]["passes"]), _cell(mine, "variance"), _cell(costly, "costly")]
-        cells += [_cell(mine, "cosine"), _cell(mine, "reward_before"), _cell(costly, "gained"), str(len(mine))]
-        out.append("| " + " | ".join(cells) + " |")
+        cells = [way.name, str(mine[0]["passes"]), _cell(mine, "variance"), _cell(costly, "costly")]
+        cells += [_cell(mine, "cosine"), _cell(mine, "reward_before"), _cell(costly, "gained"), _cell(mine, "entropy")]
+        out.append("| " + " | ".join([*cells, str(len(mine))]) + " |")
     out += ["", f"{bench.images} training pictures, of which at most {PICTURES} are learnt on; {DRAWS} gradients per estimator and seed on"]
     out += [
         f"one batch; learning with {PASSES} forward passes of a batch for every estimator, so that more samples per step mean fewer steps,"
@@ -200,7 +219,8 @@ def _write(rows: list[Row], bench: Bench) -> None:
     out += [
         f"all at one learning rate; {machine_words(bench)}. ± is the half-width of the 95 % interval over seeds. Variances of normalised"
     ]
-    out += ["estimators are those of longer or shorter gradients: compare cosines."]
+    out += ["estimators are those of longer or shorter gradients: compare cosines. Entropy: of a patch's chance to stay, in nats; 0.69"]
+    out += ["is a coin's. With entropy 10, 10 times its mean over patches is added to the reward."]
     (bench.output / "variance.md").write_text("\n".join(out) + "\n")
     _plot(rows, bench)
 
@@ -223,12 +243,13 @@ def _plot(rows: list[Row], bench: Bench) -> None:
 
     made: Any = plt.subplots(1, 2, figsize=(9, 4), dpi=90)
     canvas, (left, right) = made
-    for number, (name, config) in enumerate(estimators()):
-        mine, style = [row for row in rows if row["name"] == name], "--" if config.normalise_advantage else "-"
-        colour = f"C{number % 4}"
+    for way in estimators():
+        mine = [row for row in rows if row["name"] == way.name]
+        style, mark = _MARKS[way.config.normalise_advantage, way.entropy_bonus]
+        colour = _COLOURS[way.config.samples]
         gained = [_gained(row) for row in mine]
         place = (statistics.mean(row["cosine"] for row in mine), statistics.mean(gained))
-        left.errorbar(*place, yerr=half_width(gained) or 0.0, color=colour, fmt="x" if style == "--" else "o", capsize=2, label=name)
+        left.errorbar(*place, yerr=half_width(gained) or 0.0, color=colour, fmt=mark, capsize=2, label=way.name)
         curve = [(points[0][0], statistics.mean(y for _, y in points)) for points in zip(*(r["curve"] for r in mine), strict=True)]
         smooth = [(curve[i][0], statistics.mean(y for _, y in curve[max(0, i - 15) : i + 1])) for i in range(len(curve))]
         right.plot(*zip(*smooth, strict=True), style, color=colour)

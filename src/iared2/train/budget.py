@@ -18,7 +18,7 @@ from iared2.evaluate.calibrate import Calibrator, Expectation
 from iared2.model import ReducedTransformer, reduce
 from iared2.runtime import mean_over_ranks
 from iared2.train.feeds import Feeds
-from iared2.train.together import DistilTask, ImitationTask, Memory, WalkTask
+from iared2.train.together import FineTuneTask, ImitationTask, Memory, WalkTask
 from iared2.train.together_settings import TogetherSettings
 from iared2.train.trainer import Batches, RunSettings, Stage, Task, Trainer
 
@@ -133,7 +133,8 @@ def _stages(settings: TogetherSettings, model: ReducedTransformer, feeds: Feeds,
         else:
             # A memory of its own: the evidence's pass gives other last digits, and a resumed run must not see the difference.
             own = Memory() if settings.remember else None
-            task = DistilTask(model, copy.deepcopy(model.backbone).eval().requires_grad_(False), own)
+            teacher = copy.deepcopy(model.backbone).eval().requires_grad_(False) if settings.block_target == "dense" else None
+            task = FineTuneTask(model, teacher, own, settings.block_first, settings.train_head)
         stages.append(Stage(name, task, feeds.train, epochs, optim))
     return stages
 

@@ -157,6 +157,8 @@ class Recipe(Settings):
             needs = "reduction.block_target=label"
         if self.together is not None and self.together.walk.labels and self.together.walk_epochs:
             needs = "together.walk.labels"
+        if self.together is not None and self.together.block_target == "label" and self.together.block_epochs:
+            needs = "together.block_target=label"
         if needs:
             raise ValueError(f"data.labels: got false, but {needs} needs labels; give labelled data, or take the dense model as the goal")
         return self

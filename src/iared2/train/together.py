@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iared2 import cost
+from iared2.errors import ConfigError
 from iared2.evaluate.calibrate import Calibrator
 from iared2.keep import Sampled
 from iared2.model import ReducedTransformer
@@ -22,7 +23,7 @@ from iared2.runtime import mean_of_all, mean_over_ranks
 from iared2.tokens.grid import smoothed
 from iared2.tokens.packed import scatter_places, sum_of_patches
 from iared2.train.evidence import dense_evidence
-from iared2.train.tasks import GroupTask, join_states, split_state
+from iared2.train.tasks import GroupTask, distance, join_states, split_state
 from iared2.train.together_settings import WalkSettings
 from iared2.train.trainer import Batches, Task
 from iared2.walk import State
@@ -285,52 +286,79 @@ def repeat(state: State, times: int) -> State:
     return state if times == 1 else join_states([one for _ in range(times) for one in split_state(state)])
 
 
-class DistilTask(Task):
-    """The blocks learn to answer with fewer tokens what the dense model answers with all: KL, interpreters frozen and greedy.
+class FineTuneTask(Task):
+    """The blocks learn to do with fewer tokens; interpreters are frozen and greedy.
 
-    Patch embedding, positions and prefix tokens stay fixed (section 3.2); blocks before the first reduction see what they always
-    saw, and stay too.
+    With a `teacher` (the dense model as it was) they learn its answers: KL, or 1 - cosine without a classifier. Without one
+    they learn labels: cross-entropy, as in the paper. Patch embedding, positions and prefix tokens stay fixed (section 3.2);
+    blocks before the first reduction see what they always saw, and stay too.
+
+    Args:
+        memory: keeps the teacher's answers; None where pictures are augmented, and so never the same.
+        first_block: the first block that learns, from 0; None is the first that reduces, the depth leaves all as they are.
+        train_head: final norm and head learn too (Algorithm 1 leaves them alone).
+
+    Raises:
+        ConfigError: no such block, or nothing is left to learn.
     """
 
-    def __init__(self, model: ReducedTransformer, teacher: nn.Module, memory: Memory | None = None) -> None:
+    def __init__(
+        self,
+        model: ReducedTransformer,
+        teacher: nn.Module | None,
+        memory: Memory | None = None,
+        first_block: int | None = None,
+        train_head: bool = True,
+    ) -> None:
         super().__init__()
-        self.model, self._memory = model, memory
+        self.model, self._memory = model, None if teacher is None else memory
         self._teacher = (teacher,)  # in a tuple: no part of this module, and so neither trained nor saved
+        self.first_block = model.config.first_blocks[0] if first_block is None else first_block
+        self.train_head = train_head
+        depth = model.adapter.depth
+        if not 0 <= self.first_block <= depth - (not train_head):
+            raise ConfigError(
+                f"together.block_first: got {self.first_block} with train_head={train_head}, "
+                f"but this backbone's blocks are 0 to {depth - 1}; name one of them"
+            )
 
     def begin(self) -> None:
         self.model.requires_grad_(False).eval()
-        first = self.model.config.first_blocks[0]
         fixed = self.model.adapter.frozen_parameters()
         for name, parameter in self.model.backbone.named_parameters():
-            early = name.startswith("blocks.") and int(name.split(".")[1]) < first
-            parameter.requires_grad_(name not in fixed and not early)
+            learns = int(name.split(".")[1]) >= self.first_block if name.startswith("blocks.") else self.train_head
+            parameter.requires_grad_(learns and name not in fixed)
 
     @property
     def remembers(self) -> bool:
         return self._memory is not None
 
     def look_back(self, batch: dict[str, Tensor]) -> None:
-        self.wanted(batch)
+        (teacher,) = self._teacher
+        if teacher is not None:
+            self._wanted(batch, teacher)
 
     def shared(self) -> list[object]:
         return [self._memory, self._teacher]
 
     @torch.no_grad()
-    def wanted(self, batch: dict[str, Tensor]) -> Float[Tensor, "B C"]:
+    def _wanted(self, batch: dict[str, Tensor], teacher: nn.Module) -> Float[Tensor, "B C"]:
         """The dense model's output."""
-        (dense,), indices = self._teacher, batch["indices"].tolist()
+        indices = batch["indices"].tolist()
         if self._memory is not None and (known := self._memory.outputs_of(indices)) is not None:
             return known
-        output = dense(batch["images"]).float()
+        output = teacher(batch["images"]).float()
         if self._memory is not None:
             self._memory.outputs.update(zip(indices, output.unbind(0), strict=True))
         return output
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        output = self.wanted(batch)
+        (teacher,) = self._teacher
+        if teacher is None:
+            found = self.model.logits(batch["images"]).float()
+            accuracy = (found.argmax(1) == batch["labels"]).float().mean()
+            return {"loss": F.cross_entropy(found, batch["labels"]), "accuracy": accuracy}
+        output = self._wanted(batch, teacher)
         found = self.model.logits(batch["images"]).float()
-        if self.model.num_classes:
-            loss = F.kl_div(found.log_softmax(1), output.log_softmax(1), reduction="batchmean", log_target=True)
-        else:
-            loss = (1 - F.cosine_similarity(found, output, dim=1)).mean()
+        loss = distance(found, output, self.model.num_classes)
         return {"loss": loss, "agreement": agreement(found.detach(), output, self.model.num_classes).mean()}

@@ -45,7 +45,10 @@ class TogetherSettings(Settings):
     remember: bool = Field(True, description="compute the dense model's evidence once per picture; needs pictures without augmentation")
     imitation_epochs: Whole = Field(1, ge=0)
     walk_epochs: Whole = Field(1, ge=0)
-    block_epochs: Whole = Field(0, ge=0, description="fine-tuning of the blocks by distillation from the dense model")
+    block_epochs: Whole = Field(0, ge=0, description="fine-tuning of the blocks; 0 leaves them untouched")
+    block_target: Literal["label", "dense"] = Field("dense", description="cross-entropy, or distillation from the dense model")
+    block_first: Whole | None = Field(None, ge=0, description="first block that is fine-tuned; None: the first that reduces")
+    train_head: bool = Field(True, description="fine-tune final norm and head with the blocks")
     block_share: float = Field(
         0.5, gt=0, le=1, description="how far blocks go from their old weights to the fine-tuned ones; half of the way forgets less"
     )
