@@ -227,9 +227,11 @@ def main() -> None:
                 trained = (Path(folder) / "backbone.safetensors").is_file()
                 model = iared2.load_reduced(folder) if trained else iared2.load_reduced(folder, backbone=backbone)
                 model.configure(**dict(options.configure))
-                expected = Calibrator(model, held, dense=[backbone(batch).float() for batch in held]).to_share(budget)
+                calibrator = Calibrator(model, held, dense=[backbone(batch).float() for batch in held])
+                expected = calibrator.to_share(budget)
                 if options.top_k:
                     model.configure(rule="top_k", ratios=expected.ratios)
+                    expected = calibrator.measure()
                 timed.setdefault(f"{options.name} at {budget:g}x", model)
                 found, share = measure(model, images)
                 seeds.append(row(f"{options.name} at {budget:g}x", found, dense, labels, share, sources))
