@@ -241,7 +241,7 @@ def _plot(rows: list[Row], bench: Bench) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    made: Any = plt.subplots(1, 2, figsize=(9, 4), dpi=90)
+    made: Any = plt.subplots(1, 2, figsize=(9, 4.4), dpi=90, layout="constrained")
     canvas, (left, right) = made
     for way in estimators():
         mine = [row for row in rows if row["name"] == way.name]
@@ -257,9 +257,8 @@ def _plot(rows: list[Row], bench: Bench) -> None:
     left.set_ylabel("greedy reward gained by learning")
     right.set_xlabel("forward passes of a batch, over all batches")
     right.set_ylabel("sampled reward, above greedy before learning")
-    left.legend(fontsize=6)
+    canvas.legend(loc="outside lower center", ncols=5, fontsize=6)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    canvas.tight_layout()
     canvas.savefig(bench.output / "variance.png")
     plt.close(canvas)

@@ -77,7 +77,7 @@ def train_together(settings: TogetherSettings, backbone: nn.Module, feeds: Feeds
         ratios = powered(family := calibrator.plain_curve(), solve_power(calibrator.share_of, family, share))
     logger.info("aiming at %.3f of the dense multiply-adds; patches left meanwhile %s", share, ", ".join(f"{r:.2f}" for r in ratios))
     stages = _stages(settings, model, feeds, share, ratios)
-    before = [value.detach().clone() for value in backbone.parameters()] if settings.block_epochs else []
+    before = [value.detach().clone() for value in backbone.parameters()] if settings.block_epochs and settings.block_share < 1 else []
     Trainer(model, run, accelerator).fit(stages)
     if before:
         go_back(backbone, before, settings.block_share)

@@ -50,12 +50,12 @@ class TogetherSettings(Settings):
     block_first: Whole | None = Field(None, ge=0, description="first block that is fine-tuned; None: the first that reduces")
     train_head: bool = Field(True, description="fine-tune final norm and head with the blocks")
     block_share: float = Field(
-        0.5, gt=0, le=1, description="how far blocks go from their old weights to the fine-tuned ones; half of the way forgets less"
+        1.0, gt=0, le=1, description="how far blocks go from their old weights to the fine-tuned ones; after large steps, 0.5 forgets less"
     )
     walk: WalkSettings = WalkSettings()
     imitation_optim: OptimSettings = OptimSettings(lr=1e-3, lr_batch=32)
     walk_optim: OptimSettings = OptimSettings(lr=3e-4, lr_batch=32)
-    block_optim: OptimSettings = OptimSettings(lr=5e-5, lr_batch=32)
+    block_optim: OptimSettings = OptimSettings(lr=1e-5, lr_batch=32)
 
     @field_validator("target")
     @classmethod
