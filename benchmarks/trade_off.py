@@ -107,6 +107,24 @@ def peers(backbone):
         yield f"chance {ratio:.0%} at the input", model
 
 
+def at_budget(folder: str, budget: float, options: argparse.Namespace, backbone, held):
+    """A saved model with thresholds (or counts) for a budget, and what it does on the held-out photos."""
+    trained = (Path(folder) / "backbone.safetensors").is_file()
+    model = iared2.load_reduced(folder) if trained else iared2.load_reduced(folder, backbone=backbone)
+    model.configure(**dict(options.configure))
+    calibrator = Calibrator(model, held, dense=[backbone(batch).float() for batch in held])
+    expected = calibrator.to_share(budget)
+    if options.top_k:
+        model.configure(rule="top_k", ratios=expected.ratios)
+        expected = calibrator.measure()
+    return model, expected
+
+
+def backbone_of(folder: Path):
+    """The fine-tuned backbone of a saved model, which drops nothing: what fine-tuning alone does."""
+    return iared2.load_reduced(folder).backbone.eval()
+
+
 @torch.inference_mode()
 def speeds(models: dict, images, rounds: int = 7) -> dict[str, float]:
     """Images per second of every model, run in turn on the same batches; medians of the ratios to dense times dense's median."""
@@ -168,10 +186,10 @@ def arguments() -> argparse.Namespace:
 def print_table(rows: list[dict]) -> None:
     print("\n| method | multiply-adds saved | top-1 | difference | agreement | KL |\n|---|---|---|---|---|---|")
     for r in rows:
-        half = r["intervals"]
-        loss = f"{r['difference']:+.2f} ± {half['difference']:.2f}"
-        near = f"{r['agreement']:.1f} ± {half['agreement']:.1f} % | {r['kl']:.4f} ± {half['kl']:.4f}"
-        print(f"| {r['method']} | {r['saved']:.1f} % | {r['top1']:.2f} | {loss} | {near} |")
+        half = {key: f" ± {value:.{4 if key == 'kl' else 2 if key == 'difference' else 1}f}" for key, value in r["intervals"].items()}
+        half = {key: "" if "nan" in text else text for key, text in half.items()}  # of one seed there is none
+        near = f"{r['agreement']:.1f}{half['agreement']} % | {r['kl']:.4f}{half['kl']}"
+        print(f"| {r['method']} | {r['saved']:.1f} % | {r['top1']:.2f} | {r['difference']:+.2f}{half['difference']} | {near} |")
     if rows[0]["sources"]:
         print(f"\n| difference | {' | '.join(rows[0]['sources'])} |\n|---|{'---|' * len(rows[0]['sources'])}")
         for r in rows[1:]:
@@ -221,17 +239,14 @@ def main() -> None:
             found, share = measure(model, images)
             rows.append(row(name, found, dense, labels, share, sources))
             print(json.dumps(rows[-1]), flush=True)
+        if own := [Path(folder) for folder in options.models if (Path(folder) / "backbone.safetensors").is_file()]:
+            answers = [torch.cat([backbone_of(folder)(batch).float() for batch in images]) for folder in own]
+            rows.append(over_seeds([row(f"{options.name}, nothing dropped", found, dense, labels, 1.0, sources) for found in answers]))
+            print(json.dumps(rows[-1]), flush=True)
         for budget in options.budgets:
             seeds = []
             for folder in options.models:
-                trained = (Path(folder) / "backbone.safetensors").is_file()
-                model = iared2.load_reduced(folder) if trained else iared2.load_reduced(folder, backbone=backbone)
-                model.configure(**dict(options.configure))
-                calibrator = Calibrator(model, held, dense=[backbone(batch).float() for batch in held])
-                expected = calibrator.to_share(budget)
-                if options.top_k:
-                    model.configure(rule="top_k", ratios=expected.ratios)
-                    expected = calibrator.measure()
+                model, expected = at_budget(folder, budget, options, backbone, held)
                 timed.setdefault(f"{options.name} at {budget:g}x", model)
                 found, share = measure(model, images)
                 seeds.append(row(f"{options.name} at {budget:g}x", found, dense, labels, share, sources))
