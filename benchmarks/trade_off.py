@@ -120,9 +120,10 @@ def at_budget(folder: str, budget: float, options: argparse.Namespace, backbone,
     return model, expected
 
 
-def backbone_of(folder: Path):
-    """The fine-tuned backbone of a saved model, which drops nothing: what fine-tuning alone does."""
-    return iared2.load_reduced(folder).backbone.eval()
+def nothing_dropped(folder: Path, images):
+    """Answers of a saved model's own, fine-tuned backbone: what fine-tuning alone does."""
+    backbone = iared2.load_reduced(folder).backbone.eval()
+    return torch.cat([backbone(batch).float() for batch in images])
 
 
 @torch.inference_mode()
@@ -196,6 +197,14 @@ def print_table(rows: list[dict]) -> None:
             print(f"| {r['method']} | {' | '.join(f'{value:+.2f}' for value in r['sources'].values())} |")
 
 
+def joined(rows: list[dict], also: list[Path]) -> list[dict]:
+    """The rows and those of other runs on the same photos, each method once."""
+    known: dict[str, dict] = {}
+    for one in [*rows, *(one for path in also for one in json.loads(path.read_text())["rows"])]:
+        known.setdefault(one["method"], one)
+    return list(known.values())
+
+
 def family(method: str) -> str:
     """What a row's point is joined with: the method without its rates or budget."""
     head, _, how = method.rpartition(", ")
@@ -207,8 +216,8 @@ def plot(rows: list[dict], path: Path) -> None:
     """KL and the difference in top-1 against what is saved; bars are 95 % intervals."""
     mpl.use("Agg")
     drawn, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=100)
-    for number, name in enumerate(dict.fromkeys(family(r["method"]) for r in rows if r["method"] != "dense")):
-        mine = sorted((r for r in rows if family(r["method"]) == name), key=lambda r: r["saved"])
+    for number, name in enumerate(dict.fromkeys(family(r["method"]) for r in rows if r["saved"] > 0)):
+        mine = sorted((r for r in rows if family(r["method"]) == name and r["saved"] > 0), key=lambda r: r["saved"])
         saved, look = [r["saved"] for r in mine], {"color": f"C{number}", "marker": "o", "markersize": 3, "capsize": 2, "label": name}
         left.errorbar(saved, [r["kl"] for r in mine], yerr=[r["intervals"]["kl"] for r in mine], **look)
         right.errorbar(saved, [r["difference"] for r in mine], yerr=[r["intervals"]["difference"] for r in mine], **look)
@@ -239,8 +248,9 @@ def main() -> None:
             found, share = measure(model, images)
             rows.append(row(name, found, dense, labels, share, sources))
             print(json.dumps(rows[-1]), flush=True)
-        if own := [Path(folder) for folder in options.models if (Path(folder) / "backbone.safetensors").is_file()]:
-            answers = [torch.cat([backbone_of(folder)(batch).float() for batch in images]) for folder in own]
+        own = [Path(folder) for folder in options.models if (Path(folder) / "backbone.safetensors").is_file()]
+        if own and len(own) == len(options.models):
+            answers = [nothing_dropped(folder, images) for folder in own]
             rows.append(over_seeds([row(f"{options.name}, nothing dropped", found, dense, labels, 1.0, sources) for found in answers]))
             print(json.dumps(rows[-1]), flush=True)
         for budget in options.budgets:
@@ -260,7 +270,7 @@ def main() -> None:
                 print(f"{name}: {rate:.1f} images/s, {rate / found_speeds['dense']:.2f} x dense", flush=True)
             for one in rows:
                 one["images_per_second"] = round(found_speeds.get(one["method"], float("nan")), 1)
-    rows += [one for path in options.also for one in json.loads(path.read_text())["rows"] if one["method"] != "dense"]
+    rows = joined(rows, options.also)
     print_table(rows)
     if options.plot:
         plot(rows, options.plot)

@@ -1,6 +1,7 @@
 """Budgets from words, schedules that meet them, thresholds that meet schedules, and what a user sees of it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -278,6 +279,24 @@ def test_fine_tuned_blocks_go_as_far_as_asked(plain, tmp_path):
 
 
 @pytest.mark.untyped
+def test_what_is_fine_tuned_and_by_what_are_settings(plain, tmp_path, caplog):
+    """Labels reach the blocks, and only the blocks asked for."""
+    folder = tmp_path / "labelled"
+    shutil.copytree(plain / "photos", folder)
+    files = sorted(file.name for file in folder.glob("*.png"))
+    (folder / "labels.csv").write_text("file,class_index\n" + "".join(f"{file},{i}\n" for i, file in enumerate(files)))
+    how = ("together.imitation_epochs=0", "together.walk_epochs=0", "together.block_epochs=1", "together.block_target=label")
+    what = ("data.labels=true", "together.block_first=4", "together.train_head=false", "together.block_optim.lr=1e-2")
+    arguments = command(plain, "-o", str(tmp_path / "out"), *how, *what, *SMALL)
+    arguments[arguments.index("--data") + 1] = str(folder)
+    assert main(arguments) == 0
+    assert " ".join(caplog.text.split()).count("accuracy") > 0  # of labels: nobody else is asked
+    old, new = load_file(plain / "weights.safetensors"), dict(iared2.load_reduced(tmp_path / "out").backbone.named_parameters())
+    moved = {name.split(".")[0] + "." + name.split(".")[1] for name in new if not torch.equal(new[name], old[name])}
+    assert moved == {f"blocks.{block}" for block in range(4, max(int(n.split(".")[1]) for n in new if n.startswith("blocks.")) + 1)}
+
+
+@pytest.mark.untyped
 def test_a_plain_folder_and_a_budget_make_a_model_that_eval_takes(plain, tmp_path, caplog, capsys):
     out = tmp_path / "out"
     assert main(command(plain, "-o", str(out), "together.walk_epochs=1", "together.block_epochs=1", *SMALL)) == 0
@@ -326,6 +345,7 @@ def test_the_embedded_models_weights_are_found_in_the_package(plain, tmp_path):
         ("0.7x", ("together.walk.labels=true", "together.walk_epochs=1"), "together.walk.labels needs labels; give labelled data"),
         ("0.7x", ("together.block_target=label", "together.block_epochs=1"), "together.block_target=label needs labels; give labelled"),
         ("0.7x", ("together.block_first=99", "together.block_epochs=1"), "together.block_first: got 99"),
+        ("0.7x", ("together.block_target=label", "together.train_head=false"), "so block_target, train_head would do nothing; set"),
         ("0.7x", ("data.flip=true",), "together.remember: needs pictures without augmentation"),
         ("0.7x", ("data.held_out=24", "data.held_out_share=1"), "cannot take 24 pictures away"),
     ],

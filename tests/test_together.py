@@ -284,8 +284,15 @@ def test_fine_tuning_trains_the_blocks_and_the_head_that_were_named(first, head)
 
 @pytest.mark.parametrize(("first", "head"), [(5, True), (4, False), (-1, True)])
 def test_fine_tuning_refuses_blocks_that_are_not_there(first, head):
-    with pytest.raises(ConfigError, match=f"block_first: got {first} .* blocks are 0 to 3"):
+    with pytest.raises(ConfigError, match=f"block_first: got {first}, .* has 4 blocks; give 0 to 3"):
         FineTuneTask(model(), None, None, first, head)
+
+
+def test_fine_tuning_by_labels_needs_a_classifier():
+    reduced = model()
+    reduced.backbone.reset_classifier(0)
+    with pytest.raises(ConfigError, match=r"no classifier; set together\.block_target=dense"):
+        FineTuneTask(reduced, None)
 
 
 def test_fine_tuning_by_labels_is_cross_entropy_of_the_reduced_answers():

@@ -39,7 +39,9 @@ PASSES = 480  # forward passes of a batch behind the prefix that learning may us
 PICTURES = 128  # at most this many pictures to learn on
 ENTROPY_BONUSES = (1.0, 10.0)  # reward per nat of a patch's chance
 _COLOURS = {1: "C0", 2: "C1", 4: "C2", 8: "C3"}  # by samples
-_MARKS = {(False, 0.0): ("-", "o"), (True, 0.0): ("--", "x"), (False, 1.0): (":", "^"), (False, 10.0): ("-.", "v")}
+_MARKS = {(False, 0.0): ("-", "o"), (True, 0.0): ("--", "x")} | {
+    (False, bonus): look for bonus, look in zip(ENTROPY_BONUSES, ((":", "^"), ("-.", "v")), strict=True)
+}
 BATCH = {"data.batch_size": 8}  # small, so that there is noise to see
 
 
@@ -220,7 +222,8 @@ def _write(rows: list[Row], bench: Bench) -> None:
         f"all at one learning rate; {machine_words(bench)}. ± is the half-width of the 95 % interval over seeds. Variances of normalised"
     ]
     out += ["estimators are those of longer or shorter gradients: compare cosines. Entropy: of a patch's chance to stay, in nats; 0.69"]
-    out += ["is a coin's. With entropy 10, 10 times its mean over patches is added to the reward."]
+    out += ["is a coin's. With entropy 10, 10 times its mean over patches is added to the reward: the mean gradient that cosines are"]
+    out += ["taken to is one without it, so that the cosines of those rows say nothing about noise."]
     (bench.output / "variance.md").write_text("\n".join(out) + "\n")
     _plot(rows, bench)
 
@@ -249,15 +252,15 @@ def _plot(rows: list[Row], bench: Bench) -> None:
         colour = _COLOURS[way.config.samples]
         gained = [_gained(row) for row in mine]
         place = (statistics.mean(row["cosine"] for row in mine), statistics.mean(gained))
-        left.errorbar(*place, yerr=half_width(gained) or 0.0, color=colour, fmt=mark, capsize=2, label=way.name)
+        left.errorbar(*place, yerr=half_width(gained) or 0.0, color=colour, fmt=mark, capsize=2)
         curve = [(points[0][0], statistics.mean(y for _, y in points)) for points in zip(*(r["curve"] for r in mine), strict=True)]
         smooth = [(curve[i][0], statistics.mean(y for _, y in curve[max(0, i - 15) : i + 1])) for i in range(len(curve))]
-        right.plot(*zip(*smooth, strict=True), style, color=colour)
+        right.plot(*zip(*smooth, strict=True), style, color=colour, marker=mark, markevery=[-1], label=way.name)
     left.set_xlabel("cosine of one gradient to the mean gradient")
     left.set_ylabel("greedy reward gained by learning")
     right.set_xlabel("forward passes of a batch, over all batches")
     right.set_ylabel("sampled reward, above greedy before learning")
-    canvas.legend(loc="outside lower center", ncols=5, fontsize=6)
+    canvas.legend(loc="outside lower center", ncols=4, fontsize=6, handlelength=4)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     canvas.savefig(bench.output / "variance.png")

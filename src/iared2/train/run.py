@@ -103,7 +103,10 @@ def train(recipe: Recipe, options: RunOptions, feeds: Feeds | None = None) -> Pa
     seed_all(recipe.seed)
     backbone = build_backbone(recipe)
     if (recipe.reduction or recipe.together) is not None and recipe.data.labels and getattr(backbone, "num_classes", None) == 0:
-        further = ", reduction.reward.target=dense and reduction.block_target=dense" if recipe.reduction is not None else ""
+        keys = ("together.walk.labels=false", "together.block_target=dense")
+        if recipe.reduction is not None:
+            keys = ("reduction.reward.target=dense", "reduction.block_target=dense")
+        further = f", {keys[0]} and {keys[1]}"
         raise ConfigError(
             "data.labels: got true, but this backbone has no classifier (num_classes = 0) to be right or wrong; "
             f"set data.labels=false{further}"

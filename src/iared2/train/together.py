@@ -295,11 +295,11 @@ class FineTuneTask(Task):
 
     Args:
         memory: keeps the teacher's answers; None where pictures are augmented, and so never the same.
-        first_block: the first block that learns, from 0; None is the first that reduces, the depth leaves all as they are.
+        first_block: the first block that learns, from 0; None is the first that reduces, the number of blocks leaves all as they are.
         train_head: final norm and head learn too (Algorithm 1 leaves them alone).
 
     Raises:
-        ConfigError: no such block, or nothing is left to learn.
+        ConfigError: no such block, nothing is left to learn, or labels are to be learnt without a classifier.
     """
 
     def __init__(
@@ -311,23 +311,31 @@ class FineTuneTask(Task):
         train_head: bool = True,
     ) -> None:
         super().__init__()
+        if teacher is None and not model.num_classes:
+            raise ConfigError("together.block_target: got label, but this model has no classifier; set together.block_target=dense")
         self.model, self._memory = model, None if teacher is None else memory
         self._teacher = (teacher,)  # in a tuple: no part of this module, and so neither trained nor saved
         self.first_block = model.config.first_blocks[0] if first_block is None else first_block
         self.train_head = train_head
         depth = model.adapter.depth
-        if not 0 <= self.first_block <= depth - (not train_head):
+        if not 0 <= self.first_block <= depth or not self.trainable():
             raise ConfigError(
-                f"together.block_first: got {self.first_block} with train_head={train_head}, "
-                f"but this backbone's blocks are 0 to {depth - 1}; name one of them"
+                f"together.block_first: got {self.first_block}, with together.train_head={str(train_head).lower()}, but this backbone has "
+                f"{depth} blocks; give 0 to {depth - 1}" + (f", or {depth} for norm and head alone" if train_head else "")
             )
+
+    def trainable(self) -> set[str]:
+        """Names of the backbone's parameters that learn."""
+        names = {name for name, _ in self.model.backbone.named_parameters()} - self.model.adapter.frozen_parameters()
+        blocks = {name for name in names if name.startswith("blocks.")}
+        later = {name for name in blocks if int(name.split(".")[1]) >= self.first_block}
+        return later | (names - blocks if self.train_head else set())
 
     def begin(self) -> None:
         self.model.requires_grad_(False).eval()
-        fixed = self.model.adapter.frozen_parameters()
+        chosen = self.trainable()
         for name, parameter in self.model.backbone.named_parameters():
-            learns = int(name.split(".")[1]) >= self.first_block if name.startswith("blocks.") else self.train_head
-            parameter.requires_grad_(learns and name not in fixed)
+            parameter.requires_grad_(name in chosen)
 
     @property
     def remembers(self) -> bool:

@@ -47,7 +47,9 @@ class TogetherSettings(Settings):
     walk_epochs: Whole = Field(1, ge=0)
     block_epochs: Whole = Field(0, ge=0, description="fine-tuning of the blocks; 0 leaves them untouched")
     block_target: Literal["label", "dense"] = Field("dense", description="cross-entropy, or distillation from the dense model")
-    block_first: Whole | None = Field(None, ge=0, description="first block that is fine-tuned; None: the first that reduces")
+    block_first: Whole | None = Field(
+        None, ge=0, description="first block that learns, from 0; None: the first that reduces; their number: norm and head alone"
+    )
     train_head: bool = Field(True, description="fine-tune final norm and head with the blocks")
     block_share: float = Field(
         1.0, gt=0, le=1, description="how far blocks go from their old weights to the fine-tuned ones; after large steps, 0.5 forgets less"
@@ -70,4 +72,17 @@ class TogetherSettings(Settings):
     def _something_is_trained(self) -> "TogetherSettings":
         if not (self.imitation_epochs or self.walk_epochs or self.block_epochs):
             raise ValueError("imitation_epochs, walk_epochs, block_epochs: got 0 for all, so nothing would be trained; raise one")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_set_is_done(self) -> "TogetherSettings":
+        asked = {
+            "block_target": self.block_target != "dense",
+            "block_first": self.block_first is not None,
+            "train_head": not self.train_head,
+            "block_share": self.block_share != 1,
+        }
+        if not self.block_epochs and any(asked.values()):
+            named = ", ".join(name for name, is_set in asked.items() if is_set)
+            raise ValueError(f"block_epochs: got 0, so {named} would do nothing; set together.block_epochs=3, or leave {named} out")
         return self
