@@ -222,7 +222,10 @@ def _write(rows: list[Row], bench: Bench) -> None:
         f"all at one learning rate; {machine_words(bench)}. ± is the half-width of the 95 % interval over seeds. Variances of normalised"
     ]
     out += ["estimators are those of longer or shorter gradients: compare cosines. Entropy: of a patch's chance to stay, in nats; 0.69"]
-    out += ["is a coin's. With entropy 10, 10 times its mean over patches is added to the reward: the mean gradient that cosines are"]
+    most = f"{max(ENTROPY_BONUSES):g}"
+    out += [
+        f"is a coin's. With entropy {most}, {most} times its mean over patches is added to the reward: the mean gradient that cosines are"
+    ]
     out += ["taken to is one without it, so that the cosines of those rows say nothing about noise."]
     (bench.output / "variance.md").write_text("\n".join(out) + "\n")
     _plot(rows, bench)
