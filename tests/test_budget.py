@@ -346,6 +346,7 @@ def test_the_embedded_models_weights_are_found_in_the_package(plain, tmp_path):
         ("0.7x", ("together.block_target=label", "together.block_epochs=1"), "together.block_target=label needs labels; give labelled"),
         ("0.7x", ("together.block_first=99", "together.block_epochs=1"), "together.block_first: got 99"),
         ("0.7x", ("together.block_target=label", "together.train_head=false"), "so block_target, train_head would do nothing; set"),
+        ("0.7x", ("together.walk_epochs=0", "together.walk.labels=true"), "walk_epochs: got 0, so walk.labels would do nothing; set"),
         ("0.7x", ("data.flip=true",), "together.remember: needs pictures without augmentation"),
         ("0.7x", ("data.held_out=24", "data.held_out_share=1"), "cannot take 24 pictures away"),
     ],

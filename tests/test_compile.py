@@ -26,7 +26,7 @@ def _fresh():
     torch._dynamo.reset()
 
 
-LATEST = {"place": "between", "worth": WorthConfig(), "keep_length": True, "similarity": "tokens", "weights": "score"}
+LATEST = {"place": "between", "worth": WorthConfig(), "keep_length": True, "similarity": "tokens", "weights": "score", "skip_unread": True}
 
 
 def _model(name: str = "deit", on_drop: str = "discard", rule: str = "threshold", **parts: Any) -> iared2.ReducedTransformer:

@@ -44,6 +44,7 @@ def test_chances_that_know_of_better_tokens_run_there_too(tmp_path):
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
     options = {"rule": "top_k", "ratios": (0.7, 0.3), "place": "between", "on_drop": "merge", "worth": iared2.worth.WorthConfig()}
+    options["skip_unread"] = True
     model = iared2.reduce(FAMILIES["deit"].build(), 2, **options).eval()
     for reducer in model.reducers:
         torch.nn.init.normal_(reducer.interpreter.query.weight, std=0.7)

@@ -26,6 +26,7 @@ def reduced_macs(  # noqa: PLR0913, PLR0917 - what was done, and how it is count
     products: bool = True,
     between: bool = False,
     until: int | None = None,
+    prefix_alone: bool = False,
 ) -> int:
     """Multiply-adds of one image.
 
@@ -37,6 +38,7 @@ def reduced_macs(  # noqa: PLR0913, PLR0917 - what was done, and how it is count
         products: whether to count q k^T and weights v.
         between: reducers act between a block's halves instead of before it.
         until: counts what runs before that block; None counts all blocks and the head.
+        prefix_alone: the last block computes prefix tokens alone.
     """
     total = adapter.embed_macs(*size)
     rows, columns = adapter.grid(*size)
@@ -51,5 +53,8 @@ def reduced_macs(  # noqa: PLR0913, PLR0917 - what was done, and how it is count
             pooled = pooled if reducers[block].merges and left else left
         tokens, fed = adapter.prefix + (attended if between else patches), adapter.prefix + patches
         cost = adapter.block_cost(block)
+        if prefix_alone and block == adapter.depth - 1:
+            total += cost.prefix_alone(tokens, adapter.prefix, products)
+            continue
         total += cost.macs(tokens, fed) if products else cost.linear(tokens, fed)
     return total + (adapter.head_macs(adapter.prefix + pooled, rows * columns) if until is None else 0)

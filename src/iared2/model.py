@@ -75,11 +75,11 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
 
     def logits(self, images: Float[Tensor, "B C height width"]) -> Tensor:
         """As `forward`; for calls from a function compiled with `fullgraph=True`, which PyTorch lets capture sizes anyway."""
-        return self.adapter.head(self.walk(self.start(images), self.adapter.depth).tokens)
+        return self.adapter.head(self.finish(self.start(images)).tokens)
 
     def trace(self, images: Float[Tensor, "B C height width"]) -> tuple[Tensor, Trace]:
         """Logits, and what was dropped on the way. Costs nothing beyond `forward`."""
-        state = self.walk(self.start(images), self.adapter.depth)
+        state = self.finish(self.start(images))
         return self.adapter.head(state.tokens), self.make_trace(state.reductions, (images.shape[-2], images.shape[-1]))
 
     def make_trace(self, reductions: Sequence[Reduction], size: tuple[int, int]) -> Trace:
@@ -100,7 +100,8 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
     def macs(self, size: tuple[int, int], patches: int, kept: Sequence[int], products: bool = True, until: int | None = None) -> int:
         """Multiply-adds of one image of `size` = (height, width) pixels; see `cost.reduced_macs`."""
         reducers = dict(zip(self.config.first_blocks, self.reducers, strict=True))
-        return cost.reduced_macs(self.adapter, reducers, size, patches, kept, products, self.config.place == "between", until)
+        between = self.config.place == "between"
+        return cost.reduced_macs(self.adapter, reducers, size, patches, kept, products, between, until, self.skips_unread)
 
     # ---- settings ---------------------------------------------------------------------------------------
 
@@ -175,7 +176,8 @@ def reduce(
         groups: how many equal groups, or the first block of each group.
         interpreter: how patches are scored.
         on_drop: "discard" dropped tokens as in the paper, "merge" them into kept ones, or "fuse" them into one summary token.
-        settings: `place`, `worth`, `keep_length`, `similarity`, `weights`, `rule`, `thresholds`, `ratios` of `ReductionConfig`.
+        settings: `place`, `worth`, `keep_length`, `similarity`, `weights`, `rule`, `thresholds`, `ratios`, `skip_unread` of
+            `ReductionConfig`.
 
     Raises:
         UnsupportedBackboneError: no adapter fits the backbone.

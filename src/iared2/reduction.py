@@ -31,6 +31,10 @@ class ReductionConfig(Settings):
         "mass", description="parts of a merged token count by their patches, by those times their scores, or not at all"
     )
 
+    skip_unread: bool = Field(
+        False, description="where the head reads prefix tokens alone, the last block computes no others: the same answer for less"
+    )
+
     @model_validator(mode="after")
     def _one_value_per_group(self) -> "ReductionConfig":
         count = len(self.first_blocks)

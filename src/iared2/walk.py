@@ -53,12 +53,37 @@ class Walker(nn.Module):
 
     def walk(self, state: State, stop: int, reduce: Sequence[int] | None = None) -> State:
         """Runs blocks up to (not including) `stop`, with the reducers of the given groups (all by default)."""
-        groups = {b: g for g, b in enumerate(self.config.first_blocks) if reduce is None or g in reduce}
-        done = len(state.reductions)
         for block in range(state.block, stop):
-            group = groups.get(block)
-            state = self.run_block(state, block, group if group is not None and group >= done else None)
+            state = self.run_block(state, block, self._due(state, block, reduce))
         return state
+
+    def finish(self, state: State, reduce: Sequence[int] | None = None) -> State:
+        """Runs the blocks that are left, as far as the head will read them.
+
+        With `config.skip_unread`, and a head that reads prefix tokens alone, the last block makes keys and values of patches, and
+        everything else of prefix tokens only: the same answer for less. The state's tokens are those prefix tokens then.
+        """
+        last = self.adapter.depth - 1
+        if not self.skips_unread or (state.block, state.half) > (last, False):
+            return self.walk(state, last + 1, reduce)
+        state = self.walk(state, last, reduce)
+        group = self._due(state, last, reduce)
+        if group is not None:
+            state = self.reduce_with(state, group)
+        tokens = self.adapter.feed(last, self.adapter.attend_prefix(last, state.tokens))
+        return replace(state, tokens=tokens, key_THK=None, class_TH=None, block=last + 1)
+
+    @property
+    def skips_unread(self) -> bool:
+        """Whether the last block computes prefix tokens alone; not if patches are scored between its halves."""
+        scored = self.config.place == "between" and self.config.first_blocks[-1] == self.adapter.depth - 1
+        return self.config.skip_unread and self.adapter.reads_prefix_alone and not scored
+
+    def _due(self, state: State, block: int, reduce: Sequence[int] | None) -> int | None:
+        """The group that reduces at this block, if it is among those asked for (all by default) and has not done so."""
+        groups = self.config.first_blocks
+        group = groups.index(block) if block in groups else None
+        return None if group is None or group < len(state.reductions) or (reduce is not None and group not in reduce) else group
 
     def walk_to(self, state: State, group: int, reduce: Sequence[int]) -> State:
         """Runs up to the place where `group` reduces, with the reducers of the given groups."""

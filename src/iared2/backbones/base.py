@@ -41,12 +41,14 @@ class Attended:
 class BlockCost:
     """Multiply-adds of one block for an image of n tokens: n * per_token + n^2 * per_pair.
 
-    `feed_per_token` is the part of `per_token` that falls in the second half, where the block has one.
+    `feed_per_token` is the part of `per_token` that falls in the second half, where the block has one; `seen_per_token` the part that
+    makes keys and values, where the adapter can run the block for prefix tokens alone.
     """
 
     per_token: int
     per_pair: int
     feed_per_token: int = 0
+    seen_per_token: int = 0
 
     def macs(self, tokens: int, fed: int | None = None) -> int:
         """For an image of `tokens` tokens, of which `fed` (all by default) reach the second half."""
@@ -56,6 +58,11 @@ class BlockCost:
     def linear(self, tokens: int, fed: int | None = None) -> int:
         """The same without the two products of attention."""
         return tokens * self.per_token - (0 if fed is None else (tokens - fed) * self.feed_per_token)
+
+    def prefix_alone(self, tokens: int, prefix: int, products: bool = True) -> int:
+        """For an image of `tokens` tokens, of which the block computes the first `prefix`; the others are keys and values only."""
+        pairs = prefix * tokens * self.per_pair if products else 0
+        return tokens * self.seen_per_token + prefix * (self.per_token - self.seen_per_token) + pairs
 
 
 class BackboneAdapter(ABC):
@@ -97,6 +104,11 @@ class BackboneAdapter(ABC):
         """How many prefix tokens, from the first on, the head reads where it pools no patches."""
         return 1
 
+    @property
+    def reads_prefix_alone(self) -> bool:
+        """Whether the head reads prefix tokens alone, and `attend_prefix` can run the last block for those."""
+        return False
+
     @abstractmethod
     def embed(self, images: Float[Tensor, "B C height width"]) -> PackedTokens:
         """Pixels -> packed tokens with positions, as they enter block 0."""
@@ -108,6 +120,10 @@ class BackboneAdapter(ABC):
     @abstractmethod
     def feed(self, block: int, tokens: PackedTokens) -> PackedTokens:
         """Second half of a block: norm, feed-forward network, scale, drop path, residual."""
+
+    def attend_prefix(self, block: int, tokens: PackedTokens) -> PackedTokens:
+        """As `attend`, for the prefix tokens alone: patches are seen, and gone afterwards. Where `reads_prefix_alone`."""
+        raise NotImplementedError
 
     def read(self, block: int, tokens: PackedTokens, half: bool) -> Float[Tensor, "T D"]:
         """Tokens as the first half of a block reads them, or the second (`half`); by default as they are.

@@ -9,13 +9,14 @@ from timm.layers import DiffAttention, DropPath, PatchDropout
 from timm.layers.attention import Attention
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from iared2.backbones.base import Attended, BackboneAdapter, BlockCost, drop_path_per_image, register_adapter
 from iared2.errors import UnsupportedBackboneError
 from iared2.interpreter import QueryKey
-from iared2.tokens.attention import attend, class_logits
-from iared2.tokens.packed import PackedTokens, mean_per_image, pack, to_grid
+from iared2.tokens.attention import attend, attend_prefix, class_logits
+from iared2.tokens.packed import PackedTokens, mean_per_image, pack, prefix_alone, to_grid
 
 ATTENTIONS = (Attention, DiffAttention)
 BLOCKS = (vit.Block, vit.ResPostBlock, vit.ParallelScalingBlock, vit.DiffParallelScalingBlock, vit.ParallelThingsBlock)
@@ -66,6 +67,16 @@ class TimmViTAdapter(BackboneAdapter):
     def answering(self) -> int:
         return 2 if hasattr(self.module, "head_dist") else 1  # timm averages the class and the distillation token's answers
 
+    @property
+    def reads_prefix_alone(self) -> bool:
+        module, last = self.module, self.module.blocks[-1]
+        if module.global_pool != "token" or self.prefix == 0 or type(last) not in (vit.Block, vit.ResPostBlock):
+            return False
+        # Only a plain layer can be taken apart: not one that is wrapped (adapters, quantisation, shards) or watched.
+        qkv: Any = getattr(last.attn, "qkv", None)
+        plain = type(last.attn) is Attention and type(qkv) is nn.Linear
+        return plain and not (qkv._forward_hooks or qkv._forward_pre_hooks)
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.module.patch_embed.dynamic_feat_size((height, width))
         return int(rows), int(columns)
@@ -96,6 +107,14 @@ class TimmViTAdapter(BackboneAdapter):
             class_TH = class_logits(queries, keys, tokens.layout)
         # Keys are a view of queries, keys and values together: a copy lets those go.
         return Attended(tokens.with_x(tokens.x_TD + delta), keys.contiguous() if want_keys else None, class_TH)
+
+    def attend_prefix(self, block: int, tokens: PackedTokens) -> PackedTokens:
+        module, first = self.module.blocks[block], prefix_alone(tokens)
+        if isinstance(module, vit.Block):
+            delta = module.ls1(_prefix_attention(module.attn, module.norm1(tokens.x_TD), tokens))
+        else:
+            delta = module.norm1(_prefix_attention(module.attn, tokens.x_TD, tokens))
+        return first.with_x(first.x_TD + _drop_path(module.drop_path1, delta, first))
 
     def feed(self, block: int, tokens: PackedTokens) -> PackedTokens:
         module: Any = self.module.blocks[block]
@@ -166,7 +185,9 @@ class TimmViTAdapter(BackboneAdapter):
     def block_cost(self, block: int) -> BlockCost:
         module = self.module.blocks[block]
         pairs = sum(_pair_macs(attention) for attention in _attentions(module)) or _pair_macs(module)
-        return BlockCost(_linear_macs(module), pairs, _linear_macs(module.mlp) if self.splits[block] else 0)
+        plain = getattr(module, "attn", None)
+        seen = 2 * self.width * plain.num_heads * plain.head_dim if type(plain) is Attention else 0
+        return BlockCost(_linear_macs(module), pairs, _linear_macs(module.mlp) if self.splits[block] else 0, seen)
 
     def head_macs(self, tokens: int, places: int) -> int:
         module = self.module
@@ -248,6 +269,20 @@ def _attention(module: Any, x_TD: Tensor, tokens: PackedTokens) -> tuple[Tensor,
     if gate is not None:
         out = out * gate
     return module.proj_drop(module.proj(out)), k, q
+
+
+def _prefix_attention(module: Any, x_TD: Tensor, tokens: PackedTokens) -> Tensor:
+    """What attention adds to the prefix tokens (B L, D): keys and values of all tokens, everything else for these alone."""
+    first_PD, inner = prefix_alone(tokens.with_x(x_TD)).x_TD, module.num_heads * module.head_dim
+    weight, bias = module.qkv.weight, module.qkv.bias
+    q = F.linear(first_PD, weight[:inner], None if bias is None else bias[:inner])
+    k, v = F.linear(x_TD, weight[inner:], None if bias is None else bias[inner:]).view(-1, 2, module.num_heads, module.head_dim).unbind(1)
+    q_BLHK = module.q_norm(q.view(tokens.layout.images, tokens.layout.prefix, module.num_heads, module.head_dim))
+    out = attend_prefix(q_BLHK, module.k_norm(k), v, tokens.layout, tokens.mass_T, _rate(module.attn_drop)).flatten(0, 1).flatten(1)
+    out = module.norm(out)
+    if getattr(module, "gate", None) is not None:
+        out = out * module.gate(first_PD).sigmoid()
+    return module.proj_drop(module.proj(out))
 
 
 def _differential(module: Any, q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens) -> Tensor:

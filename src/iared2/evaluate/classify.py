@@ -80,7 +80,7 @@ class Clock:
 
 def _reduced_pass(model: ReducedTransformer, images: Float[Tensor, "B C height width"]) -> tuple[Tensor, State]:
     """What `forward` does, with the state kept for the trace."""
-    state = model.walk(model.start(images), model.adapter.depth)
+    state = model.finish(model.start(images))
     return model.adapter.head(state.tokens), state
 
 

@@ -104,7 +104,7 @@ def trace_with_heads(
         if isinstance(reducer, InterpreterReducer):
             head_TH = reducer.interpreter.logits(state.tokens, state.class_TH).sigmoid()
             found.append(scatter_places(head_TH, state.tokens.layout).transpose(1, 2))
-    state = model.walk(state, model.adapter.depth)
+    state = model.finish(state)
     trace = model.make_trace(state.reductions, (images.shape[-2], images.shape[-1]))
     return model.adapter.head(state.tokens), trace, torch.stack(found) if len(found) == trace.groups else None
 

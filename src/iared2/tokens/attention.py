@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from iared2.errors import ConfigError
 from iared2.tokens.packed import Layout
-from iared2.tokens.padded import Padding, buckets_by_length
+from iared2.tokens.padded import Bucket, Padding, buckets_by_length
 
 IMPLEMENTATIONS = ("auto", "uniform", "varlen", "buckets", "masked")
 
@@ -65,6 +65,26 @@ def attend(  # noqa: PLR0913, PLR0917 - q, k and v are one thing in three parts
     if chosen == "masked":
         return _masked(q_THK, k_THK, v_THV, bias_T, layout.image_T, dropout)
     raise ConfigError(f"attention: got impl={impl!r}, wanted one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def attend_prefix(
+    q_BLHK: Float[Tensor, "B L H K"],
+    k_THK: Float[Tensor, "T H K"],
+    v_THV: Float[Tensor, "T H V"],
+    layout: Layout,
+    mass_T: Float[Tensor, " T"] | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "B L H V"]:
+    """As `attend`, for L queries per image alone, which look at all tokens of their image."""
+    bias_T = None if mass_T is None else mass_T.log().to(q_BLHK.dtype)
+    found = []
+    for k1, v1, bias, bucket in _by_bucket(k_THK, v_THV, bias_T, layout.padding):
+        q1 = q_BLHK if bucket.image_b is None else q_BLHK[bucket.image_b]
+        found.append(_fused(q1.transpose(1, 2), k1, v1, bias, dropout).transpose(1, 2))
+    if len(found) == 1 and layout.padding.buckets[0].image_b is None:
+        return found[0]
+    image_B = torch.cat([bucket.image_b for bucket in layout.padding.buckets if bucket.image_b is not None])
+    return torch.cat(found)[image_B.argsort()]
 
 
 @dataclass
@@ -150,17 +170,19 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, padding: Pad
     """One fused call per bucket of images of similar length. Padded keys weigh nothing, padded queries go nowhere."""
     if not q.shape[0]:  # no token
         return v
-    spread = [padding.spread(x) for x in (q, k, v)]
+    each = zip(padding.spread(q), _by_bucket(k, v, bias_T, padding), strict=True)
+    return padding.collect([_fused(q1.transpose(1, 2), k1, v1, bias, dropout).transpose(1, 2) for q1, (k1, v1, bias, _) in each])
+
+
+def _by_bucket(k: Tensor, v: Tensor, bias_T: Tensor | None, padding: Padding) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Bucket]]:
+    """Keys and values (b, H, L, ...) of each bucket, and what is added to scores: padded keys weigh nothing."""
     biases = [None] * len(padding.buckets) if bias_T is None else padding.spread(bias_T)
-    out = []
-    for q1, k1, v1, bias_bL, bucket in zip(*spread, biases, padding.buckets, strict=True):
+    for k1, v1, bias_bL, bucket in zip(padding.spread(k), padding.spread(v), biases, padding.buckets, strict=True):
         bias = bias_bL
         if bucket.filled_bL is not None:
-            known_bL = q.new_zeros(bucket.row_bL.shape) if bias_bL is None else bias_bL
-            bias = known_bL.masked_fill(~bucket.filled_bL, torch.finfo(q.dtype).min / 2)  # not -inf: an image may have no token at all
-        bias = None if bias is None else bias[:, None, None, :]
-        out.append(_fused(q1.transpose(1, 2), k1.transpose(1, 2), v1.transpose(1, 2), bias, dropout).transpose(1, 2))
-    return padding.collect(out)
+            known_bL = k.new_zeros(bucket.row_bL.shape) if bias_bL is None else bias_bL
+            bias = known_bL.masked_fill(~bucket.filled_bL, torch.finfo(k.dtype).min / 2)  # not -inf: an image may have no token at all
+        yield k1.transpose(1, 2), v1.transpose(1, 2), None if bias is None else bias[:, None, None, :], bucket
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, bias_T: Tensor | None, layout: Layout) -> Tensor:

@@ -267,6 +267,14 @@ def take(tokens: PackedTokens, chosen: Selection) -> PackedTokens:
     return PackedTokens(tokens.x_TD[chosen.index_S], kept, mass_S, merged_BN)
 
 
+def prefix_alone(tokens: PackedTokens) -> PackedTokens:
+    """The prefix tokens of every image; all patches are gone."""
+    layout = tokens.layout
+    row_BL = layout.cu_B1[:-1, None].long() + torch.arange(layout.prefix, device=layout.cu_B1.device)
+    cu_B1 = torch.arange(layout.images + 1, device=layout.cu_B1.device, dtype=torch.int32) * layout.prefix
+    return take(tokens, Selection(row_BL.flatten(), cu_B1, uniform=layout.prefix))
+
+
 def _shortened(layout: Layout, chosen: Selection) -> Layout:
     return Layout(
         cu_B1=chosen.cu_B1,

@@ -56,7 +56,7 @@ def reduced_for(settings: TogetherSettings, backbone: nn.Module) -> ReducedTrans
     if interpreter.policy == "class" and not adapter.has_class_token:
         interpreter = interpreter.model_copy(update={"policy": "learned"})
     parts: dict[str, Any] = {"place": place, "worth": settings.worth, "keep_length": settings.keep_length}
-    parts |= {"similarity": settings.similarity, "weights": settings.weights}
+    parts |= {"similarity": settings.similarity, "weights": settings.weights, "skip_unread": settings.skip_unread}
     return reduce(backbone, blocks, interpreter=interpreter, on_drop=settings.on_drop, **parts)
 
 

@@ -46,5 +46,5 @@ def _figures(logits: Tensor, dense: Tensor, labels: Tensor) -> dict[str, Tensor]
 
 
 def _logits(model: ReducedTransformer, images: Tensor, groups: int) -> tuple[Tensor, State]:
-    state = model.walk(model.start(images), model.adapter.depth, reduce=range(groups))
+    state = model.finish(model.start(images), reduce=range(groups))
     return model.adapter.head(state.tokens), state

@@ -109,13 +109,13 @@ class GroupTask(Task):
 
     def finish(self, state: State, reduction: Reduction) -> Float[Tensor, "B classes"]:
         """Logits after a reduction; later groups keep everything, as the curriculum has it."""
-        state = self.model.walk(self.model.after_reduction(state, reduction), self.model.adapter.depth, reduce=())
+        state = self.model.finish(self.model.after_reduction(state, reduction), reduce=())
         return self.model.adapter.head(state.tokens).float()
 
     @torch.no_grad()
     def dense_logits(self, images: Float[Tensor, "B C height width"]) -> Float[Tensor, "B classes"]:
         """Logits of the backbone with nothing dropped."""
-        state = self.model.walk(self.model.start(images), self.model.adapter.depth, reduce=())
+        state = self.model.finish(self.model.start(images), reduce=())
         return self.model.adapter.head(state.tokens).float()
 
 

@@ -253,7 +253,7 @@ class WalkTask(TogetherTask):
         return Drawn(state, torch.stack(log_p).sum(0), kept, entropies)
 
     def _degree(self, state: State, output: Float[Tensor, "B C"], label_B: Tensor) -> Float[Tensor, " KB"]:
-        state = self.model.walk(state, self.model.adapter.depth, reduce=())
+        state = self.model.finish(state, reduce=())
         found = self.model.adapter.head(state.tokens).float()
         if self.settings.labels:
             return found.softmax(1).gather(1, label_B.repeat(self.settings.samples)[:, None]).squeeze(1)

@@ -38,6 +38,7 @@ class TogetherSettings(Settings):
     weights: Weights = Field(
         "score", description="parts of a merged token count by their patches, by those times their scores, or not at all"
     )
+    skip_unread: bool = Field(True, description="where the head reads prefix tokens alone, the last block computes no others; exact")
     against: float = Field(0.3, ge=0, description="how much evidence against the predicted class counts")
     blur: float = Field(
         0.0, ge=0, le=100, description="blur of the evidence to imitate: standard deviation in patches; what is left gathers"
@@ -76,13 +77,15 @@ class TogetherSettings(Settings):
 
     @model_validator(mode="after")
     def _what_is_set_is_done(self) -> "TogetherSettings":
-        asked = {
+        of_blocks = {
             "block_target": self.block_target != "dense",
             "block_first": self.block_first is not None,
             "train_head": not self.train_head,
             "block_share": self.block_share != 1,
         }
-        if not self.block_epochs and any(asked.values()):
+        of_walks = {f"walk.{name}": getattr(self.walk, name) != field.default for name, field in WalkSettings.model_fields.items()}
+        for epochs, usual, asked in (("block_epochs", 3, of_blocks), ("walk_epochs", 1, of_walks)):
             named = ", ".join(name for name, is_set in asked.items() if is_set)
-            raise ValueError(f"block_epochs: got 0, so {named} would do nothing; set together.block_epochs=3, or leave {named} out")
+            if named and not getattr(self, epochs):
+                raise ValueError(f"{epochs}: got 0, so {named} would do nothing; set together.{epochs}={usual}, or leave {named} out")
         return self
