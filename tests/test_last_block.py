@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import packs
 from families import DEPTH, FAMILIES
 from iared2 import cost
+from iared2.errors import ConfigError
 from iared2.interpreter import InterpreterConfig
 from iared2.model import ReducedTransformer, reduce
-from iared2.tokens.attention import attend, attend_prefix
+from iared2.tokens.attention import attend, attend_prefix, recording
 from iared2.tokens.packed import prefix_alone
 from iared2.worth import WorthConfig
 
@@ -183,6 +184,16 @@ def test_a_hook_sees_all_tokens():
     assert seen == [(2 * 17, 96)] and not model.skips_unread
     handle.remove()
     assert model.skips_unread
+
+
+def test_records_of_attention_are_never_silently_short():
+    model, images = lively("deit", rule="top_k", ratios=(0.7, 0.4)), FAMILIES["deit"].images(2).double()
+    with recording(), pytest.raises(ConfigError, match=r"configure\(skip_unread=False\)"):
+        model(images)
+    model.configure(skip_unread=False)
+    with recording() as records:
+        model(images)
+    assert len(records) == DEPTH
 
 
 # ---- cost --------------------------------------------------------------------------------------------------

@@ -144,8 +144,7 @@ class TimmViTAdapter(BackboneAdapter):
         module, layout = self.module, tokens.layout
         tokens = tokens.with_x(module.norm(tokens.x_TD))
         if module.global_pool == "token":
-            rows_BL = layout.cu_B1[:-1, None].long() + torch.arange(self.prefix, device=tokens.x_TD.device)
-            return module.forward_head(tokens.x_TD[rows_BL])
+            return module.forward_head(tokens.x_TD[layout.prefix_row_BL])
         if module.global_pool == "":  # no pooling: one answer per place, zero features where the patch is gone
             return module.forward_head(torch.cat(to_grid(tokens), dim=1))
         if layout.uniform is not None and tokens.mass_T is None:
@@ -184,9 +183,9 @@ class TimmViTAdapter(BackboneAdapter):
 
     def block_cost(self, block: int) -> BlockCost:
         module = self.module.blocks[block]
-        pairs = sum(_pair_macs(attention) for attention in _attentions(module)) or _pair_macs(module)
-        plain = getattr(module, "attn", None)
-        seen = 2 * self.width * plain.num_heads * plain.head_dim if type(plain) is Attention else 0
+        pairs = sum(map(_pair_macs, _attentions(module))) or _pair_macs(module)
+        attention: Any = getattr(module, "attn", None)
+        seen = 2 * self.width * attention.num_heads * attention.head_dim if type(attention) is Attention else 0
         return BlockCost(_linear_macs(module), pairs, _linear_macs(module.mlp) if self.splits[block] else 0, seen)
 
     def head_macs(self, tokens: int, places: int) -> int:

@@ -75,7 +75,13 @@ def attend_prefix(
     mass_T: Float[Tensor, " T"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "B L H V"]:
-    """As `attend`, for L queries per image alone, which look at all tokens of their image."""
+    """As `attend`, for L queries per image alone, which look at all tokens of their image.
+
+    Raises:
+        ConfigError: attention is being recorded, which takes queries of all tokens.
+    """
+    if not torch.compiler.is_compiling() and _RECORDS.get() is not None:
+        raise ConfigError("attention of prefix tokens alone cannot be recorded; configure(skip_unread=False) first")
     bias_T = None if mass_T is None else mass_T.log().to(q_BLHK.dtype)
     found = []
     for k1, v1, bias, bucket in _by_bucket(k_THK, v_THV, bias_T, layout.padding):

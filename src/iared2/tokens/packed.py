@@ -58,6 +58,11 @@ class Layout:
         return self.origin_T >= 0
 
     @property
+    def prefix_row_BL(self) -> Int[Tensor, "B L"]:
+        """The rows of each image's prefix tokens."""
+        return self.cu_B1[:-1, None].long() + torch.arange(self.prefix, device=self.cu_B1.device)
+
+    @property
     def length_B(self) -> Int[Tensor, " B"]:
         return self.cu_B1.diff()
 
@@ -270,9 +275,8 @@ def take(tokens: PackedTokens, chosen: Selection) -> PackedTokens:
 def prefix_alone(tokens: PackedTokens) -> PackedTokens:
     """The prefix tokens of every image; all patches are gone."""
     layout = tokens.layout
-    row_BL = layout.cu_B1[:-1, None].long() + torch.arange(layout.prefix, device=layout.cu_B1.device)
     cu_B1 = torch.arange(layout.images + 1, device=layout.cu_B1.device, dtype=torch.int32) * layout.prefix
-    return take(tokens, Selection(row_BL.flatten(), cu_B1, uniform=layout.prefix))
+    return take(tokens, Selection(layout.prefix_row_BL.flatten(), cu_B1, uniform=layout.prefix))
 
 
 def _shortened(layout: Layout, chosen: Selection) -> Layout:
@@ -368,12 +372,10 @@ def scatter_places(value_T: Tensor, layout: Layout) -> Tensor:
 def to_grid(tokens: PackedTokens) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B N D"]]:
     """Prefix tokens, and every place filled by the token that carries it (zero where the patch is gone)."""
     layout = tokens.layout
-    first_B = layout.cu_B1[:-1].long()
-    rows_BL = first_B[:, None] + torch.arange(layout.prefix, device=first_B.device)
     own_BND = scatter_places(tokens.x_TD, layout)
     index = tokens.carrier_BN.clamp(min=0)[..., None].expand_as(own_BND)
     filled = own_BND.gather(1, index)
-    return tokens.x_TD[rows_BL], torch.where((tokens.carrier_BN >= 0)[..., None], filled, 0.0)
+    return tokens.x_TD[layout.prefix_row_BL], torch.where((tokens.carrier_BN >= 0)[..., None], filled, 0.0)
 
 
 def sum_of_patches(value_T: Float[Tensor, " T"], layout: Layout) -> Float[Tensor, " B"]:
