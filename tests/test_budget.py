@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -228,8 +229,6 @@ def plain(tmp_path_factory):
         place = root / "photos" / ("more" if index % 3 == 0 else "")
         Image.fromarray(coarse.numpy()).resize((48, 40)).save(place / f"{index}.png")
     torch.manual_seed(0)
-    import timm
-
     save_file(timm.create_model("test_vit", num_classes=1000).state_dict(), root / "weights.safetensors")
     return root
 
@@ -237,6 +236,11 @@ def plain(tmp_path_factory):
 def command(plain, *more: str, target: str = "0.7x") -> list[str]:
     named = ["--model", "test_vit", "--weights", str(plain / "weights.safetensors"), "--data", str(plain / "photos")]
     return ["train", "--target-macs", target, *named, "--device", "cpu", "--workers", "0", "--dtype", "float32", *more]
+
+
+def without_weights(arguments: list[str]) -> list[str]:
+    at = arguments.index("--weights")
+    return arguments[:at] + arguments[at + 2 :]
 
 
 def test_settings_may_begin_with_two_hyphens_where_no_recipe_is_named(plain, tmp_path, capsys):
@@ -263,10 +267,9 @@ def test_a_training_for_a_time_that_cannot_be_had_any_more_is_saved_all_the_same
 @pytest.mark.untyped
 def test_fine_tuned_blocks_go_as_far_as_asked(plain, tmp_path):
     """And a run that is given again after its end goes no further."""
-    alone = ("together.imitation_epochs=0", "together.walk_epochs=0", "together.block_epochs=1", "together.block_optim.lr=1e-2")
 
     def trained(folder: str, *more: str) -> dict[str, torch.Tensor]:
-        assert main(command(plain, "-o", str(tmp_path / folder), *alone, *SMALL, *more)) == 0
+        assert main(command(plain, "-o", str(tmp_path / folder), *BLOCKS_ALONE, *SMALL, *more)) == 0
         return dict(iared2.load_reduced(tmp_path / folder).backbone.named_parameters())
 
     old = load_file(plain / "weights.safetensors")
@@ -323,6 +326,45 @@ def test_a_plain_folder_and_a_budget_make_a_model_that_eval_takes(plain, tmp_pat
     assert iared2.load_reduced(tmp_path / "c").config.thresholds != reduced.config.thresholds
 
 
+BLOCKS_ALONE = ("together.imitation_epochs=0", "together.walk_epochs=0", "together.block_epochs=1", "together.block_optim.lr=1e-2")
+
+
+@pytest.mark.untyped
+def test_a_training_goes_on_from_a_reduced_model(plain, tmp_path):
+    """Its interpreters, settings and, where it has one, trained backbone; what is not trained stays, and so does its own schedule."""
+    backbone = timm.create_model("test_vit", num_classes=1000)
+    backbone.load_state_dict(load_file(plain / "weights.safetensors"))
+    torch.manual_seed(1)
+    first = iared2.reduce(backbone, (1, 3), interpreter=InterpreterConfig(policy="class"), on_drop="fuse").eval()
+    for reducer in first.reducers:
+        torch.nn.init.normal_(reducer.interpreter.query.weight, std=0.3)
+    first.save_pretrained(tmp_path / "first")
+    assert main(command(plain, "-o", str(tmp_path / "second"), f"together.start={tmp_path / 'first'}", *BLOCKS_ALONE, *SMALL)) == 0
+    more = (f"together.start={tmp_path / 'second'}", "together.block_first=4", "together.train_head=false")
+    assert main(without_weights(command(plain, "-o", str(tmp_path / "third"), *more, *BLOCKS_ALONE, *SMALL))) == 0
+    second, third = (iared2.load_reduced(tmp_path / name) for name in ("second", "third"))  # trained blocks are in them
+    kept = {"first_blocks": (1, 3), "place": "before", "on_drop": "fuse", "worth": None, "similarity": "keys", "skip_unread": True}
+    for model in (second, third):
+        assert {key: getattr(model.config, key) for key in kept} == kept
+        assert all(torch.equal(value, first.reducers.state_dict()[key]) for key, value in model.reducers.state_dict().items())
+    named = dict(second.backbone.named_parameters())
+    assert not torch.equal(named["blocks.3.mlp.fc1.weight"], backbone.blocks[3].mlp.fc1.weight)
+    moved = {name for name, value in third.backbone.named_parameters() if not torch.equal(value, named[name])}
+    assert moved and all(int(name.split(".")[1]) >= 4 for name in moved)
+
+
+@pytest.mark.untyped
+def test_interpreters_that_go_on_do_not_begin_anew(plain, tmp_path):
+    """Trained with steps of next to nothing they are still those of the start; and its own backbone is saved though nobody trained it."""
+    assert main(command(plain, "-o", str(tmp_path / "first"), *BLOCKS_ALONE, *SMALL)) == 0
+    more = (f"together.start={tmp_path / 'first'}", "together.imitation_optim.lr=1e-9", "together.walk_epochs=0", *SMALL)
+    assert main(without_weights(command(plain, "-o", str(tmp_path / "second"), *more))) == 0
+    first, second = (iared2.load_reduced(tmp_path / name) for name in ("first", "second"))
+    assert all(torch.equal(a, b) for a, b in zip(first.backbone.parameters(), second.backbone.parameters(), strict=True))
+    for (name, old), new in zip(first.reducers.state_dict().items(), second.reducers.state_dict().values(), strict=True):
+        assert "worth" in name or torch.allclose(old, new, atol=1e-5), name
+
+
 @pytest.mark.untyped
 def test_the_embedded_models_weights_are_found_in_the_package(plain, tmp_path):
     wish = ["--target-macs", "0.7x", "-o", str(tmp_path), "--workers", "0", "--device", "cpu", "together.walk_epochs=0", *SMALL]
@@ -348,6 +390,13 @@ def test_the_embedded_models_weights_are_found_in_the_package(plain, tmp_path):
         ("0.7x", ("together.block_target=label", "together.train_head=false"), "so block_target, train_head would do nothing; set"),
         ("0.7x", ("together.walk_epochs=0", "together.walk.labels=true"), "walk_epochs: got 0, so walk.labels would do nothing; set"),
         ("0.7x", ("data.flip=true",), "together.remember: needs pictures without augmentation"),
+        ("0.7x", ("together.start=iared2_mini_patch8_96", "together.place=before"), "a reduced model with its own place; leave place out"),
+        (
+            "0.7x",
+            ("together.start=iared2_mini_patch8_96", 'backbone.arguments={"depth": 3}'),
+            "brings its own backbone; leave out backbone",
+        ),
+        ("0.7x", ("together.start=nowhere",), "model 'nowhere': not embedded"),
         ("0.7x", ("data.held_out=24", "data.held_out_share=1"), "cannot take 24 pictures away"),
     ],
 )
@@ -356,6 +405,14 @@ def test_wrong_requests_end_in_one_line(plain, tmp_path, capsys, target, more, m
     assert main(command(plain, "-o", str(tmp_path), *small, *more, target=target)) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert message in error and "Traceback" not in error
+
+
+@pytest.mark.untyped
+def test_a_start_of_another_backbone_is_refused(plain, tmp_path, capsys):
+    command = ["train", "--target-macs", "0.7x", "--data", str(plain / "photos"), "-o", str(tmp_path), "--model", "test_vit"]
+    assert main([*command, "together.start=iared2_mini_patch8_96"]) == 2
+    wanted = "iared2_mini_patch8_96 reduces iared2_mini_patch8_96, but the model named is test_vit; give --model iared2_mini_patch8_96"
+    assert wanted in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.untyped

@@ -60,21 +60,28 @@ def reduced_for(settings: TogetherSettings, backbone: nn.Module) -> ReducedTrans
     return reduce(backbone, blocks, interpreter=interpreter, on_drop=settings.on_drop, **parts)
 
 
-def train_together(settings: TogetherSettings, backbone: nn.Module, feeds: Feeds, run: RunSettings, accelerator: Accelerator) -> Outcome:
+def train_together(
+    settings: TogetherSettings, model: ReducedTransformer, feeds: Feeds, run: RunSettings, accelerator: Accelerator
+) -> Outcome:
     """Trains, calibrates, and measures around the budget.
+
+    Args:
+        model: `reduced_for` these settings, or what `settings.start` names.
 
     Raises:
         ConfigError: a budget out of reach, or a backbone whose answers are not finite.
         DataError: no pictures to calibrate on.
         TrainingError: as the trainer's.
     """
-    model = reduced_for(settings, backbone).to(accelerator.device)
+    model, backbone = model.to(accelerator.device), model.backbone
     budget = parse_budget(settings.target)
     held = _images(feeds.held_out or feeds.train, accelerator.device)
     with torch.no_grad(), accelerator.autocast():
         calibrator = Calibrator(model, held)  # before anything is trained: it refuses answers that are not finite
         share = _share_for_training(budget, calibrator)
-        ratios = powered(family := calibrator.plain_curve(), solve_power(calibrator.share_of, family, share))
+        # Interpreters that exist have thresholds, and what they leave may be far from the plain curve.
+        family = calibrator.plain_curve() if settings.start is None else calibrator.family()
+        ratios = powered(family, solve_power(calibrator.share_of, family, share))
     logger.info("aiming at %.3f of the dense multiply-adds; patches left meanwhile %s", share, ", ".join(f"{r:.2f}" for r in ratios))
     stages = _stages(settings, model, feeds, share, ratios)
     before = [value.detach().clone() for value in backbone.parameters()] if settings.block_epochs and settings.block_share < 1 else []

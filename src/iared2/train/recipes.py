@@ -171,6 +171,17 @@ class Recipe(Settings):
             raise ValueError("reduction, together: got both, wanted one of them; set the other to null")
         return self
 
+    @model_validator(mode="after")
+    def _a_start_has_its_backbone(self) -> "Recipe":
+        if self.together is None or self.together.start is None:
+            return self
+        changes = {"dense": self.dense is not None, "backbone.arguments": bool(self.backbone.arguments)}
+        changes["backbone.resample_positions"] = self.backbone.resample_positions
+        named = ", ".join(name for name, is_set in changes.items() if is_set)
+        if named:
+            raise ValueError(f"together.start: got {self.together.start!r}, which brings its own backbone; leave out {named}")
+        return self
+
 
 RECIPES: dict[str, Callable[[], Recipe]] = {}
 

@@ -24,9 +24,9 @@ from iared2.errors import ConfigError, IARED2Error
 from iared2.model import ReducedTransformer, reduce
 from iared2.output import open_folder
 from iared2.runtime import pick_device
-from iared2.saving import embedded_weights, load_tensors, pretrained_backbone, save_reduced
+from iared2.saving import backbone_spec, embedded_weights, load_reduced, load_tensors, pretrained_backbone, save_reduced
 from iared2.seeds import seed_all
-from iared2.train.budget import trade_off, train_together
+from iared2.train.budget import reduced_for, trade_off, train_together
 from iared2.train.checkpoint import refuse_another_recipe
 from iared2.train.dense import DenseTask, held_out_accuracy
 from iared2.train.evaluation import held_out
@@ -101,7 +101,8 @@ def train(recipe: Recipe, options: RunOptions, feeds: Feeds | None = None) -> Pa
         if settings is not None:
             refuse_another_recipe(options.output / part, run(options.output / part).fingerprint)
     seed_all(recipe.seed)
-    backbone = build_backbone(recipe)
+    started = find_start(recipe)
+    backbone = build_backbone(recipe) if started is None else started.backbone
     if (recipe.reduction or recipe.together) is not None and recipe.data.labels and getattr(backbone, "num_classes", None) == 0:
         keys = ("together.walk.labels=false", "together.block_target=dense")
         if recipe.reduction is not None:
@@ -120,7 +121,8 @@ def train(recipe: Recipe, options: RunOptions, feeds: Feeds | None = None) -> Pa
         if accelerator.is_main_process:
             _save_backbone(backbone, options.output / "backbone.safetensors")
     if recipe.together is not None:
-        return _train_together(recipe.together, backbone, feeds, options.output, run(options.output / "together"), accelerator)
+        reduced = reduced_for(recipe.together, backbone) if started is None else started
+        return _train_together(recipe.together, reduced, feeds, options.output, run(options.output / "together"), accelerator)
     if recipe.reduction is None:
         accelerator.wait_for_everyone()
         return options.output
@@ -161,6 +163,26 @@ def run_settings(recipe: Recipe, folder: Path) -> RunSettings:
     quiet = {"log_every", "checkpoint_every"}
     fingerprint = hashlib.sha256(recipe.model_dump_json(exclude=quiet).encode()).hexdigest()
     return RunSettings(folder, fingerprint, recipe.seed, recipe.checkpoint_every, recipe.log_every)
+
+
+def find_start(recipe: Recipe) -> ReducedTransformer | None:
+    """The reduced model that the recipe goes on from, backbone included; None: it starts with new interpreters.
+
+    Raises:
+        ConfigError: its backbone is not the recipe's.
+        HubError, WeightsError: it cannot be had, or its files are damaged.
+    """
+    if recipe.together is None or recipe.together.start is None:
+        return None
+    model = load_reduced(recipe.together.start, weights=recipe.backbone.weights)
+    of_start = backbone_spec(model.backbone)["architecture"]
+    if recipe.backbone.model.split(".")[0] != of_start:
+        raise ConfigError(
+            f"together.start: {recipe.together.start} reduces {of_start}, but the model named is {recipe.backbone.model}; "
+            f"give --model {of_start}, or another start"
+        )
+    model.configure(skip_unread=recipe.together.skip_unread)
+    return model
 
 
 def build_backbone(recipe: Recipe) -> nn.Module:
@@ -219,10 +241,10 @@ def _train_reduction(
 
 
 def _train_together(
-    settings: TogetherSettings, backbone: nn.Module, feeds: Feeds, output: Path, run: RunSettings, accelerator: Accelerator
+    settings: TogetherSettings, model: ReducedTransformer, feeds: Feeds, output: Path, run: RunSettings, accelerator: Accelerator
 ) -> Path:
     """The reduced model goes into `output` itself, so that `iared2 eval --model OUT` takes it."""
-    outcome = train_together(settings, backbone, feeds, run, accelerator)
+    outcome = train_together(settings, model, feeds, run, accelerator)
     if accelerator.is_main_process:
         save_reduced(outcome.model, output)
         for line in trade_off(outcome):

@@ -12,6 +12,9 @@ from iared2.settings import Settings
 from iared2.train.optim import OptimSettings, Whole
 from iared2.worth import WorthConfig
 
+# What a reduced model to start from has decided.
+OF_THE_START = ("blocks", "place", "interpreter", "worth", "on_drop", "keep_length", "similarity", "weights")
+
 
 class WalkSettings(Settings):
     """How whole walks are rewarded and compared (REINFORCE)."""
@@ -28,6 +31,7 @@ class TogetherSettings(Settings):
     """Many small reductions, trained along one walk: imitation, then REINFORCE, then (if asked for) the blocks themselves."""
 
     target: str = Field("0.65x", description="budget per image: 0.65x or 65%, 0.8G, 800M, or 9ms on this device")
+    start: str | None = Field(None, description="a reduced model to go on from (embedded name, folder or hub id); None: new interpreters")
     blocks: tuple[Whole, ...] | None = Field(None, description="blocks that reduce; None: five from 1/4 to 3/4 of the depth")
     place: Literal["before", "between"] = Field("between", description="before those blocks, or between their halves")
     interpreter: InterpreterConfig = InterpreterConfig(policy="class", context=True, init_score=0.2)
@@ -73,6 +77,14 @@ class TogetherSettings(Settings):
     def _something_is_trained(self) -> "TogetherSettings":
         if not (self.imitation_epochs or self.walk_epochs or self.block_epochs):
             raise ValueError("imitation_epochs, walk_epochs, block_epochs: got 0 for all, so nothing would be trained; raise one")
+        return self
+
+    @model_validator(mode="after")
+    def _a_start_brings_its_own(self) -> "TogetherSettings":
+        fields = type(self).model_fields
+        named = ", ".join(name for name in OF_THE_START if getattr(self, name) != fields[name].default)
+        if self.start is not None and named:
+            raise ValueError(f"start: got {self.start!r}, a reduced model with its own {named}; leave {named} out, or the start")
         return self
 
     @model_validator(mode="after")
