@@ -89,20 +89,24 @@ def row(name: str, found, dense, labels, share: float, sources) -> dict:
 
 
 def peers(backbone):
-    """(name, reduced model) of every peer row."""
+    """(name, reduced model) of every peer row.
+
+    Like ours, they compute in the last block what the head reads alone. ToMe's merging there would change nothing that is read, and is
+    left out.
+    """
     depth, width = len(backbone.blocks), backbone.embed_dim
     key_width = width // backbone.blocks[0].attn.num_heads
     for r in (8, 10, 12, 14, 16):
-        model = iared2.reduce(backbone, range(depth), place="between", on_drop="merge").eval()
-        with_reducers(model, [ToMeReducer(r, key_width) for _ in range(depth)])
+        model = iared2.reduce(backbone, range(depth - 1), place="between", on_drop="merge", skip_unread=True).eval()
+        with_reducers(model, [ToMeReducer(r, key_width) for _ in range(depth - 1)])
         yield f"ToMe r={r}", model
     for on_drop in ("merge", "fuse", "discard"):
         for first, second in ((0.6, 0.3), (0.5, 0.25)):
-            model = iared2.reduce(backbone, (depth // 3, 2 * depth // 3), on_drop=on_drop).eval()
+            model = iared2.reduce(backbone, (depth // 3, 2 * depth // 3), on_drop=on_drop, skip_unread=True).eval()
             with_reducers(model, [AttentionReducer(TopK(ratio), on_drop, width) for ratio in (first, second)])
             yield f"class attention {first:.0%}, {second:.0%}, {on_drop}", model
     for ratio in (0.7, 0.6):
-        model = iared2.reduce(backbone, (0,)).eval()
+        model = iared2.reduce(backbone, (0,), skip_unread=True).eval()
         with_reducers(model, [RandomReducer(ratio)])
         yield f"chance {ratio:.0%} at the input", model
 

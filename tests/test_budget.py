@@ -339,8 +339,8 @@ def test_a_training_goes_on_from_a_reduced_model(plain, tmp_path):
     for reducer in first.reducers:
         torch.nn.init.normal_(reducer.interpreter.query.weight, std=0.3)
     first.save_pretrained(tmp_path / "first")
-    assert main(command(plain, "-o", str(tmp_path / "second"), f"together.start={tmp_path / 'first'}", *BLOCKS_ALONE, *SMALL)) == 0
-    more = (f"together.start={tmp_path / 'second'}", "together.block_first=4", "together.train_head=false")
+    assert main(command(plain, "-o", str(tmp_path / "second"), "--start", str(tmp_path / "first"), *BLOCKS_ALONE, *SMALL)) == 0
+    more = ("--start", str(tmp_path / "second"), "together.block_first=4", "together.train_head=false")
     assert main(without_weights(command(plain, "-o", str(tmp_path / "third"), *more, *BLOCKS_ALONE, *SMALL))) == 0
     second, third = (iared2.load_reduced(tmp_path / name) for name in ("second", "third"))  # trained blocks are in them
     kept = {"first_blocks": (1, 3), "place": "before", "on_drop": "fuse", "worth": None, "similarity": "keys", "skip_unread": True}
@@ -357,12 +357,13 @@ def test_a_training_goes_on_from_a_reduced_model(plain, tmp_path):
 def test_interpreters_that_go_on_do_not_begin_anew(plain, tmp_path):
     """Trained with steps of next to nothing they are still those of the start; and its own backbone is saved though nobody trained it."""
     assert main(command(plain, "-o", str(tmp_path / "first"), *BLOCKS_ALONE, *SMALL)) == 0
-    more = (f"together.start={tmp_path / 'first'}", "together.imitation_optim.lr=1e-9", "together.walk_epochs=0", *SMALL)
+    more = ("--start", str(tmp_path / "first"), "together.imitation_optim.lr=1e-9", "together.walk_epochs=0", *SMALL)
     assert main(without_weights(command(plain, "-o", str(tmp_path / "second"), *more))) == 0
     first, second = (iared2.load_reduced(tmp_path / name) for name in ("first", "second"))
     assert all(torch.equal(a, b) for a, b in zip(first.backbone.parameters(), second.backbone.parameters(), strict=True))
     for (name, old), new in zip(first.reducers.state_dict().items(), second.reducers.state_dict().values(), strict=True):
-        assert "worth" in name or torch.allclose(old, new, atol=1e-5), name
+        # Offsets are where thresholds lie: those of this budget, on these pictures.
+        assert torch.allclose(old, new, atol=0.2 if "offset" in name else 1e-5), name
 
 
 @pytest.mark.untyped
@@ -390,13 +391,12 @@ def test_the_embedded_models_weights_are_found_in_the_package(plain, tmp_path):
         ("0.7x", ("together.block_target=label", "together.train_head=false"), "so block_target, train_head would do nothing; set"),
         ("0.7x", ("together.walk_epochs=0", "together.walk.labels=true"), "walk_epochs: got 0, so walk.labels would do nothing; set"),
         ("0.7x", ("data.flip=true",), "together.remember: needs pictures without augmentation"),
-        ("0.7x", ("together.start=iared2_mini_patch8_96", "together.place=before"), "a reduced model with its own place; leave place out"),
-        (
-            "0.7x",
-            ("together.start=iared2_mini_patch8_96", 'backbone.arguments={"depth": 3}'),
-            "brings its own backbone; leave out backbone",
-        ),
-        ("0.7x", ("together.start=nowhere",), "model 'nowhere': not embedded"),
+        ("0.7x", ("--start=iared2_mini_patch8_96", "together.place=between"), "with its own settings; leave out together.place"),
+        ("0.7x", ("--start=iared2_mini_patch8_96", "together.worth.mass=false"), "with its own worth; leave worth out, or the start"),
+        ("0.7x", ("--start=iared2_mini_patch8_96", 'backbone.arguments={"depth": 3}'), "brings its own backbone; leave out backbone.arg"),
+        ("0.7x", ("--start=",), "together.start: String should have at least 1 character"),
+        ("0.7x", ("--start=2024",), "model '2024': not embedded"),
+        ("0.7x", ("--start=nowhere",), "model 'nowhere': not embedded"),
         ("0.7x", ("data.held_out=24", "data.held_out_share=1"), "cannot take 24 pictures away"),
     ],
 )
@@ -408,11 +408,38 @@ def test_wrong_requests_end_in_one_line(plain, tmp_path, capsys, target, more, m
 
 
 @pytest.mark.untyped
-def test_a_start_of_another_backbone_is_refused(plain, tmp_path, capsys):
-    command = ["train", "--target-macs", "0.7x", "--data", str(plain / "photos"), "-o", str(tmp_path), "--model", "test_vit"]
-    assert main([*command, "together.start=iared2_mini_patch8_96"]) == 2
-    wanted = "iared2_mini_patch8_96 reduces iared2_mini_patch8_96, but the model named is test_vit; give --model iared2_mini_patch8_96"
-    assert wanted in " ".join(capsys.readouterr().err.split())
+def test_a_start_that_does_not_fit_is_refused(plain, tmp_path, capsys):
+    def refused(*arguments: str) -> str:
+        assert main(arguments) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    weights, photos = plain / "weights.safetensors", plain / "photos"
+    command = ["train", "--target-macs", "0.7x", "--data", str(photos), "-o", str(tmp_path / "out")]
+    of_mini = [*command, "--start", "iared2_mini_patch8_96", "--model"]
+    assert "reduces iared2_mini_patch8_96, but the model named is test_vit; give --model iared2" in refused(*of_mini, "test_vit")
+    assert "brings the weights that its backbone was trained to" in refused(*of_mini, "iared2_mini_patch8_96", "--weights", str(weights))
+    iared2.reduce(timm.create_model("test_vit.r160_in1k", num_classes=1000), 2).save_pretrained(tmp_path / "out")
+    ours = [*command, "--weights", str(weights), "--start", str(tmp_path / "out" / ".." / "out"), "--model"]
+    assert "is the output folder" in refused(*ours, "test_vit")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    ours[-2] = str(tmp_path / "moved")
+    assert "reduces test_vit.r160_in1k, but the model named is test_vit.other" in refused(*ours, "test_vit.other")
+
+
+@pytest.mark.untyped
+def test_a_start_that_became_another_makes_another_run(plain, tmp_path, capsys):
+    """Under the same name; what is recorded of the first run does not claim settings that the start decided."""
+    backbone = timm.create_model("test_vit", num_classes=1000)
+    iared2.reduce(backbone, 2, rule="top_k", ratios=(0.7, 0.4)).save_pretrained(tmp_path / "start")
+    go_on = command(plain, "-o", str(tmp_path / "out"), "--start", str(tmp_path / "start"), *BLOCKS_ALONE, *SMALL)
+    assert main(go_on) == 0
+    assert iared2.load_reduced(tmp_path / "out").config.rule == "threshold"  # by which budgets are met
+    recorded = json.loads((tmp_path / "out" / "recipe.json").read_text())["together"]
+    assert recorded["start"] == str(tmp_path / "start") and not {"place", "on_drop", "worth"} & set(recorded)
+    other = iared2.load_reduced(tmp_path / "start", backbone=backbone)
+    torch.nn.init.normal_(other.reducers[0].interpreter.query.weight)
+    other.save_pretrained(tmp_path / "start")
+    assert main(go_on) == 2 and "another recipe" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.untyped

@@ -14,11 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import packs
 from families import DEPTH, FAMILIES
 from iared2 import cost
+from iared2.backbones import base
+from iared2.backbones.timm_vit import TimmViTAdapter
 from iared2.errors import ConfigError
+from iared2.explain.combined import combined_map
 from iared2.interpreter import InterpreterConfig
 from iared2.model import ReducedTransformer, reduce
 from iared2.tokens.attention import attend, attend_prefix, recording
-from iared2.tokens.packed import prefix_alone
+from iared2.tokens.packed import PackedTokens, prefix_alone
 from iared2.worth import WorthConfig
 
 READ_PREFIX = ("deit", "deit_distilled", "augreg", "deit3", "dinov2_reg", "clip")
@@ -186,6 +189,41 @@ def test_a_hook_sees_all_tokens():
     assert model.skips_unread
 
 
+@pytest.mark.parametrize("layer", ["attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1", "ls1", "drop_path2"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre", "patched"])
+def test_a_watched_layer_of_the_block_runs_whole(layer, kind):
+    """Hooks of every kind, and a forward of this very object."""
+    model, images, seen = lively("deit"), FAMILIES["deit"].images(2).double(), []
+    module = model.backbone.blocks[-1].get_submodule(layer)
+    if kind == "patched":
+        forward = module.forward
+        module.forward = lambda x: (seen.append(1), forward(x))[1] * 1.5
+    else:
+        getattr(module, f"register_{kind}_hook")(lambda *_: seen.append(1))
+    model.threshold = -1
+    answer = model(images.requires_grad_())
+    answer.sum().backward()
+    assert seen and not model.skips_unread
+    torch.testing.assert_close(answer, model.backbone(images))
+
+
+class OfMine(TimmViTAdapter):
+    """From another package: its head adds the mean of the patches to the class token, whatever timm's pooling is called."""
+
+    def head(self, tokens: PackedTokens) -> torch.Tensor:
+        x_BSD = tokens.x_TD.view(tokens.layout.images, -1, self.width)
+        return self.module.head(x_BSD[:, 0] + x_BSD[:, 1:].mean(1))
+
+
+def test_adapters_made_from_timms_read_what_they_read(monkeypatch):
+    monkeypatch.setattr(base, "_ADAPTERS", {"of_mine": OfMine})
+    model, images = lively("deit"), FAMILIES["deit"].images(2).double()
+    model.threshold = -1
+    (wanted, _), (found, _) = both(model, images)
+    assert type(model.adapter) is OfMine and not model.skips_unread
+    assert wanted.isfinite().all() and torch.equal(found, wanted)
+
+
 def test_records_of_attention_are_never_silently_short():
     model, images = lively("deit", rule="top_k", ratios=(0.7, 0.4)), FAMILIES["deit"].images(2).double()
     with recording(), pytest.raises(ConfigError, match=r"configure\(skip_unread=False\)"):
@@ -228,3 +266,14 @@ def test_it_is_kept_with_the_model(tmp_path):
     model.save_pretrained(tmp_path)
     assert ReducedTransformer.from_pretrained(tmp_path, backbone=model.backbone).config.skip_unread
     assert not reduce(model.backbone, 2).config.skip_unread  # the paper's models compute all
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_our_map_costs_what_torch_counts(skip):
+    backbone = timm.create_model("deit_tiny_patch16_224").eval()
+    model = reduce(backbone, (3, 6), on_drop="merge", rule="top_k", ratios=(0.5, 0.2), skip_unread=skip).eval()
+    images = torch.randn(1, 3, 224, 224)
+    dense = cost.dense_macs(model.adapter, 224, 224)  # in front: the patch embedding's are counted by running it once
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        _, share = combined_map(model, images)
+    assert counter.get_total_flops() / 2 == pytest.approx(share * dense, rel=2e-3)

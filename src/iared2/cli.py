@@ -416,19 +416,21 @@ def train(
     weights: WeightsOption = None,
     model: Annotated[str | None, Parameter(name=["--model", "-m"], help="A timm model, where the recipe's is not wanted.")] = None,
     target_macs: Annotated[str | None, Parameter(help="A budget per image: 0.65x, 65%, 0.8G, 800M, or 9ms on this device.")] = None,
+    start: Annotated[str | None, Parameter(help="A reduced model to go on from to a budget: a folder, embedded name or hub id.")] = None,
     common: TrainCommon = _TRAIN_COMMON,
 ) -> int:
     """Train by a recipe (Algorithm 1), or to a budget: --target-macs 0.65x. Any field can be changed: --data.batch_size=64."""
-    if recipe is None and target_macs is None:
+    if recipe is None and target_macs is None and start is None:
         return _list_recipes()
     from iared2.train.run import run_recipe
 
     if recipe is not None and recipe.startswith("--") and "=" not in recipe:
         raise ConfigError(f"Unknown option: {recipe}; see iared2 train --help")
-    if recipe is not None and target_macs is not None and "=" in recipe:  # with a budget no recipe need be named
+    if recipe is not None and (target_macs or start) is not None and "=" in recipe:  # with a budget no recipe need be named
         overrides, recipe = (recipe, *overrides), None
     changes = [] if target_macs is None else [f"together.target={json.dumps(target_macs)}"]
     changes += [] if model is None else [f"backbone.model={json.dumps(model)}"]
+    changes += [] if start is None else [f"together.start={json.dumps(start)}"]
     changes += overrides
     if common.batch_size is not None:
         changes.append(f"data.batch_size={common.batch_size}")

@@ -167,7 +167,7 @@ def load_reduced(
         raise ConfigError("weights: got a file beside a ready backbone=, which brings its own; give one of the two")
     where = pick_device(str(device))
     options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
-    folder = assets.find(str(name)) or _find(str(name), local_files_only=local_files_only, **options)
+    folder = find_model(str(name), local_files_only=local_files_only, **options)
     config = read_config(folder)
     labels = read_labels(folder, config.backbone.arguments.num_classes)
     if backbone is None:
@@ -282,12 +282,22 @@ def load_tensors(module: Any, path: Path, resample_positions: bool = False) -> N
     module.load_state_dict({name: tensors[name].to(value.dtype) for name, value in wanted.items()})
 
 
-def _find(name: str, **options: Any) -> Path:
-    """A model folder: one on this machine, or one fetched from the hub."""
+def find_model(name: str, **options: Any) -> Path:
+    """A model's folder: an embedded one, one on this machine, or one fetched from the hub.
+
+    Args:
+        options: as `huggingface_hub.snapshot_download` takes them.
+
+    Raises:
+        HubError: there is none of that name.
+    """
+    inside = assets.find(name)
+    if inside is not None:
+        return inside
     try:
         if Path(name).is_dir():
             return Path(name)
-        if not options["local_files_only"]:
+        if not options.get("local_files_only"):
             _require_hub()
         return Path(snapshot_download(name, allow_patterns=FILES, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:

@@ -70,12 +70,13 @@ class TimmViTAdapter(BackboneAdapter):
     @property
     def reads_prefix_alone(self) -> bool:
         module, last = self.module, self.module.blocks[-1]
+        if type(self) is not TimmViTAdapter:  # one that attends or reads otherwise must say itself what its head reads
+            return False
         if module.global_pool != "token" or self.prefix == 0 or type(last) not in (vit.Block, vit.ResPostBlock):
             return False
-        # Only a plain layer can be taken apart: not one that is wrapped (adapters, quantisation, shards) or watched.
-        qkv: Any = getattr(last.attn, "qkv", None)
-        plain = type(last.attn) is Attention and type(qkv) is nn.Linear
-        return plain and not (qkv._forward_hooks or qkv._forward_pre_hooks)
+        # Only a plain layer can be taken apart, not one that is wrapped; and who watches a layer of the block wants to see all tokens.
+        plain = type(last.attn) is Attention and type(getattr(last.attn, "qkv", None)) is nn.Linear
+        return plain and not any(map(_watched, (*last.modules(), module.norm)))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.module.patch_embed.dynamic_feat_size((height, width))
@@ -235,6 +236,12 @@ def _heads(block: Any) -> int:
 def _mlp(mlp: Any, x_TD: Tensor) -> Tensor:
     """Feed-forward layers are token-wise, but some of timm's expect a batch axis."""
     return mlp(x_TD[None]).squeeze(0)
+
+
+def _watched(module: Any) -> bool:
+    """Whether hooks or a patched forward of this very module see, or change, what runs through it."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def _drop_path(module: Any, x_TD: Tensor, tokens: PackedTokens) -> Tensor:

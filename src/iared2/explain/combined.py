@@ -46,7 +46,7 @@ def combined_map(model: ReducedTransformer, images: Float[Tensor, "B C height wi
     """
     state = model.walk_to(model.start(images), 0, reduce=())
     alike_BNN = alike(state.tokens.x_TD if state.key_THK is None else state.key_THK.flatten(1), state.tokens.layout)
-    trace = model.make_trace(model.walk(state, model.adapter.depth).reductions, (images.shape[-2], images.shape[-1]))
+    trace = model.make_trace(model.finish(state).reductions, (images.shape[-2], images.shape[-1]))
     map_Bhw = to_map(shared(relative_scores(trace), alike_BNN, times=2) ** SHARPNESS, trace.grid)
     return map_Bhw, trace.share_of_dense() + _sharing_macs(model, trace, ways=1, times=2) / trace.dense_macs
 

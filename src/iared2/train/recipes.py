@@ -13,7 +13,7 @@ from iared2.settings import Settings, explain_validation, unknown_key
 from iared2.train.gumbel_settings import GumbelSettings
 from iared2.train.optim import OptimSettings, Whole
 from iared2.train.overrides import parse_overrides, put
-from iared2.train.together_settings import TogetherSettings
+from iared2.train.together_settings import OF_THE_START, TogetherSettings
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -353,10 +353,16 @@ def find_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     """
     if name not in RECIPES:
         raise ConfigError(unknown_key(name, list(RECIPES)).replace("setting", "recipe"))
-    values = RECIPES[name]().model_dump(mode="json")
-    for path, value in parse_overrides(list(overrides)):
+    values, pairs = RECIPES[name]().model_dump(mode="json"), parse_overrides(list(overrides))
+    for path, value in pairs:
         put(values, path.split("."), value)
     try:
-        return Recipe.model_validate(values)
+        found = Recipe.model_validate(values)
     except ValidationError as error:
         raise explain_validation(error) from None
+    if found.together is not None and found.together.start is not None:
+        # Even at its usual value: the start's may be another.
+        named = [path for path, _ in pairs if path.split(".")[0] == "together" and path.split(".")[1] in OF_THE_START]
+        if named:
+            raise ConfigError(f"together.start: {found.together.start} is a reduced model with its own settings; leave out {named[0]}")
+    return found

@@ -22,9 +22,10 @@ from iared2.curriculum import StagePlan, algorithm_1
 from iared2.data.arrays import ArrayBatches
 from iared2.errors import ConfigError, IARED2Error
 from iared2.model import ReducedTransformer, reduce
+from iared2.model_file import read_config
 from iared2.output import open_folder
 from iared2.runtime import pick_device
-from iared2.saving import backbone_spec, embedded_weights, load_reduced, load_tensors, pretrained_backbone, save_reduced
+from iared2.saving import embedded_weights, find_model, load_reduced, load_tensors, pretrained_backbone, save_reduced, sha256
 from iared2.seeds import seed_all
 from iared2.train.budget import reduced_for, trade_off, train_together
 from iared2.train.checkpoint import refuse_another_recipe
@@ -36,7 +37,7 @@ from iared2.train.learner import refuse_what_cannot_be_resumed
 from iared2.train.recipes import DenseSettings, Recipe, ReductionSettings, find_recipe
 from iared2.train.tasks import BlocksTask, InterpreterTask
 from iared2.train.teacher import with_teacher
-from iared2.train.together_settings import TogetherSettings
+from iared2.train.together_settings import OF_THE_START, TogetherSettings
 from iared2.train.trainer import RunSettings, Stage, Task, Trainer
 from iared2.train.warm_start import WarmStartTask
 
@@ -96,12 +97,12 @@ def train(recipe: Recipe, options: RunOptions, feeds: Feeds | None = None) -> Pa
         raise ConfigError(f"recipe {recipe.name}: has neither a dense training nor a reduction; set one of them")
     accelerator = open_accelerator(options.device, recipe.precision)
     open_folder(options.output)
-    run = partial(run_settings, recipe)
+    started = find_start(recipe, options.output)
+    run = partial(run_settings, recipe, start=started)
     for part, settings in (("dense", recipe.dense), ("reduction", recipe.reduction), ("together", recipe.together)):
         if settings is not None:
             refuse_another_recipe(options.output / part, run(options.output / part).fingerprint)
     seed_all(recipe.seed)
-    started = find_start(recipe)
     backbone = build_backbone(recipe) if started is None else started.backbone
     if (recipe.reduction or recipe.together) is not None and recipe.data.labels and getattr(backbone, "num_classes", None) == 0:
         keys = ("together.walk.labels=false", "together.block_target=dense")
@@ -114,7 +115,8 @@ def train(recipe: Recipe, options: RunOptions, feeds: Feeds | None = None) -> Pa
         )
     feeds = feeds or open_feeds(recipe, backbone, options.workers)
     if accelerator.is_main_process:  # not before all is known to fit: it may replace the record of an earlier run
-        (options.output / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n")
+        of_start = None if started is None else {"together": set(OF_THE_START)}
+        (options.output / "recipe.json").write_text(recipe.model_dump_json(indent=2, exclude=of_start) + "\n")
     if recipe.dense is not None:
         with separate_attention(backbone) if accelerator.device.type == "cpu" else nullcontext():
             _train_dense(recipe.dense, backbone, feeds, run(options.output / "dense"), accelerator)
@@ -158,30 +160,44 @@ def open_accelerator(device: str, precision: str) -> Accelerator:
     return accelerator
 
 
-def run_settings(recipe: Recipe, folder: Path) -> RunSettings:
-    """What the trainer needs to know of a recipe that runs in `folder`."""
-    quiet = {"log_every", "checkpoint_every"}
-    fingerprint = hashlib.sha256(recipe.model_dump_json(exclude=quiet).encode()).hexdigest()
+def run_settings(recipe: Recipe, folder: Path, start: ReducedTransformer | None = None) -> RunSettings:
+    """What the trainer needs to know of a recipe that runs in `folder`.
+
+    Args:
+        start: the reduced model that the run goes on from; the same name may hold another one day.
+    """
+    text = recipe.model_dump_json(exclude={"log_every", "checkpoint_every"})
+    if start is not None:
+        text += start.config.model_dump_json() + "".join(map(sha256, start.files))
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()
     return RunSettings(folder, fingerprint, recipe.seed, recipe.checkpoint_every, recipe.log_every)
 
 
-def find_start(recipe: Recipe) -> ReducedTransformer | None:
+def find_start(recipe: Recipe, output: Path) -> ReducedTransformer | None:
     """The reduced model that the recipe goes on from, backbone included; None: it starts with new interpreters.
 
+    Of its settings `skip_unread` alone is the recipe's, as it changes no answer; and another keep rule gives way to thresholds, by which
+    budgets are met.
+
     Raises:
-        ConfigError: its backbone is not the recipe's.
+        ConfigError: its backbone is not the recipe's, it has weights of its own beside others that are named, or it would be overwritten.
         HubError, WeightsError: it cannot be had, or its files are damaged.
     """
     if recipe.together is None or recipe.together.start is None:
         return None
-    model = load_reduced(recipe.together.start, weights=recipe.backbone.weights)
-    of_start = backbone_spec(model.backbone)["architecture"]
-    if recipe.backbone.model.split(".")[0] != of_start:
-        raise ConfigError(
-            f"together.start: {recipe.together.start} reduces {of_start}, but the model named is {recipe.backbone.model}; "
-            f"give --model {of_start}, or another start"
-        )
-    model.configure(skip_unread=recipe.together.skip_unread)
+    start, (name, _, tag) = recipe.together.start, recipe.backbone.model.partition(".")
+    folder = find_model(start)
+    if folder.resolve() == output.resolve():
+        raise ConfigError(f"together.start: {start} is the output folder, so the same command would not do the same twice; give another -o")
+    spec = read_config(folder).backbone
+    if name != spec.architecture or (tag and spec.tag and tag != spec.tag):
+        its = ".".join(filter(None, (spec.architecture, spec.tag)))
+        raise ConfigError(f"together.start: {start} reduces {its}, but the model named is {recipe.backbone.model}; give --model {its}")
+    if spec.included and recipe.backbone.weights is not None:
+        raise ConfigError(f"together.start: {start} brings the weights that its backbone was trained to; leave out --weights")
+    model = load_reduced(folder, weights=recipe.backbone.weights)
+    others = {} if model.config.rule == "threshold" else {"rule": "threshold", "thresholds": ()}
+    model.configure(skip_unread=recipe.together.skip_unread, **others)
     return model
 
 

@@ -31,7 +31,9 @@ class TogetherSettings(Settings):
     """Many small reductions, trained along one walk: imitation, then REINFORCE, then (if asked for) the blocks themselves."""
 
     target: str = Field("0.65x", description="budget per image: 0.65x or 65%, 0.8G, 800M, or 9ms on this device")
-    start: str | None = Field(None, description="a reduced model to go on from (embedded name, folder or hub id); None: new interpreters")
+    start: str | None = Field(
+        None, min_length=1, description="a reduced model to go on from (embedded name, folder or hub id); None: new interpreters"
+    )
     blocks: tuple[Whole, ...] | None = Field(None, description="blocks that reduce; None: five from 1/4 to 3/4 of the depth")
     place: Literal["before", "between"] = Field("between", description="before those blocks, or between their halves")
     interpreter: InterpreterConfig = InterpreterConfig(policy="class", context=True, init_score=0.2)
