@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from iared2.cli import main
+from iared2.errors import IARED2Error
 from iared2.reproduce import bench as bench_module
 from iared2.reproduce import runs, variance
 from iared2.reproduce.bench import RATIOS, Bench
@@ -39,6 +40,25 @@ def test_intervals_by_hand() -> None:
     mean, half = paired(["1100", "1000"], ["0101"])
     assert mean == pytest.approx(100 * (1 + -0.5 + 0 - 1) / 4)
     assert half == pytest.approx(1.96 * 100 * math.sqrt(sum((x + 0.125) ** 2 for x in (1, -0.5, 0, -1)) / 3) / 2)
+
+
+def test_other_weights_to_start_from_are_other_runs(tmp_path: Path) -> None:
+    """The embedded model's backbone, one that was embedded before, or the same file with other weights in it."""
+    file, embedded = tmp_path / "before.safetensors", Bench(TINY, tmp_path)
+    hashes = [embedded.start_hash]
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        before = Bench(TINY, tmp_path, weights=file)
+        assert before.recipe({}, 0).backbone.weights == str(file) != embedded.recipe({}, 0).backbone.weights
+        hashes.append(before.start_hash)
+    assert len(set(hashes)) == 3
+
+
+@pytest.mark.parametrize(("scale", "message"), [("small", "no such weights file"), ("paper", "the paper's scale starts from the hub's")])
+def test_weights_that_cannot_be_started_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: str, message: str) -> None:
+    monkeypatch.setattr(bench_module, "is_tiny_imagenet", lambda _: True)
+    with pytest.raises(IARED2Error, match=message):
+        Bench(TINY, tmp_path, scale=scale, weights=tmp_path / "gone").check()
 
 
 def test_the_papers_choice_is_one_run_for_all_tables(tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ from iared2.data.labels import model_class_ids
 from iared2.data.sources import Data, open_data
 from iared2.data.streams import StreamedImages
 from iared2.data.tiny_imagenet import is_tiny_imagenet
-from iared2.errors import ConfigError, DataError
+from iared2.errors import ConfigError, DataError, WeightsError
 from iared2.output import open_folder, write
 from iared2.runtime import from_main
-from iared2.saving import embedded_weights
+from iared2.saving import embedded_weights, sha256
 from iared2.train.feeds import Feeds
 from iared2.train.recipes import Recipe, find_recipe
 from iared2.train.run import build_backbone
@@ -63,6 +63,7 @@ class Bench:
         images: training pictures, a fixed random subset (small scale).
         val_images: validation pictures, likewise; None takes all.
         seeds: seeds 0 to seeds - 1.
+        weights: of the embedded model's backbone, where another than the present one is wanted (small scale).
     """
 
     data: Path
@@ -71,6 +72,7 @@ class Bench:
     images: int = 5000
     val_images: int | None = None
     seeds: int = 1
+    weights: Path | None = None
     device: str = "auto"
     workers: int = 0
 
@@ -88,6 +90,10 @@ class Bench:
             raise DataError(
                 f"--data: got {self.data}, but --scale small expects Tiny-ImageNet-200 (wnids.txt, train/, val/); name its folder"
             )
+        if self.weights is not None and self.scale == "paper":
+            raise ConfigError("--weights: the paper's scale starts from the hub's weights; leave it out, or take --scale small")
+        if self.weights is not None and not self.weights.is_file():
+            raise WeightsError(f"--weights: {self.weights}: no such weights file")
         if self.scale == "paper":
             self._check_the_papers()
         open_folder(self.output)
@@ -111,13 +117,23 @@ class Bench:
         """
         values: dict[str, Any] = {"seed": seed, "data.train": str(self.data.absolute())}  # a run is the same from every folder
         if self.scale == "small":
-            values |= {**_SMALL, "data.subset": self.images, "backbone.weights": str(embedded_weights(assets.DEFAULT))}
+            values |= {**_SMALL, "data.subset": self.images, "backbone.weights": str(self._start())}
             values |= _NOTHING if start == "nothing" else {}
         name = "mini_reduced" if self.scale == "small" else f"paper_deit_{'base' if base else 'small'}"
         merged = {**values, **changes}
         if self.scale == "small":
             merged["reduction.warm_start_ratios"] = RATIOS[merged.get("reduction.groups", 3)]
         return find_recipe(name, [f"{path}={json.dumps(value)}" for path, value in merged.items()])
+
+    def _start(self) -> Path | None:
+        """The weights that the small scale starts from."""
+        return embedded_weights(assets.DEFAULT) if self.weights is None else self.weights.absolute()
+
+    @cached_property
+    def start_hash(self) -> str | None:
+        """What these weights are: the file that has them may hold others one day. None at the paper's scale."""
+        start = self._start() if self.scale == "small" else None
+        return None if start is None else sha256(start)
 
     @cached_property
     def classes(self) -> list[str] | None:

@@ -6,7 +6,7 @@ from iared2.errors import ConfigError
 from iared2.reproduce.tables import NAMES as TRAINED
 from iared2.settings import unknown_key
 
-_TRAINED = ("data", "scale", "seeds", "images", "val-images")
+_TRAINED = ("data", "scale", "seeds", "images", "val-images", "weights")
 _MODEL = ("model", "weights")
 _RUN = ("seed", "dtype", "batch-size")
 TAKES: dict[str, tuple[str, ...]] = {

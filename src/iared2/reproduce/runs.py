@@ -73,7 +73,7 @@ def figures(bench: Bench, what: Configuration, seed: int) -> Row:
         second group's map, and of its reverse, within boxes; None where there are none), seconds, and what was run.
     """
     recipe = bench.recipe(what.changes, seed, what.base, what.start)
-    folder = bench.output / "runs" / f"{what.kind}-{digest(recipe)}-{seed}"
+    folder = bench.output / "runs" / f"{what.kind}-{digest(recipe, bench.start_hash)}-{seed}"
     path = folder / f"figures-{digest(what.threshold, what.budget, bench.val_images)}.json"
     open_accelerator(bench.device, recipe.precision)  # from here on processes know one another
     known = from_main(partial(read_json, path))

@@ -79,7 +79,7 @@ def run_variance(bench: Bench) -> int:
     """Measures every estimator with every seed, and writes OUT/variance.json, .md and .png."""
     rows: list[Row] = []
     for seed in range(bench.seeds):
-        how = digest(bench.recipe(BATCH, seed), DRAWS, PASSES, PICTURES, estimators())
+        how = digest(bench.recipe(BATCH, seed), bench.start_hash, DRAWS, PASSES, PICTURES, estimators())
         path = bench.output / "runs" / f"variance-{bench.scale}-{how}-{seed}.json"
         known = read_json(path)
         if known is None:
