@@ -394,6 +394,7 @@ def test_the_embedded_models_weights_are_found_in_the_package(plain, tmp_path):
         ("0.7x", ("--start=iared2_mini_patch8_96", "together.place=between"), "with its own settings; leave out together.place"),
         ("0.7x", ("--start=iared2_mini_patch8_96", "together.worth.mass=false"), "with its own worth; leave worth out, or the start"),
         ("0.7x", ("--start=iared2_mini_patch8_96", 'backbone.arguments={"depth": 3}'), "brings its own backbone; leave out backbone.arg"),
+        ("0.7x", ('together={"start": "nowhere"}',), "model 'nowhere': not embedded"),
         ("0.7x", ("--start=",), "together.start: String should have at least 1 character"),
         ("0.7x", ("--start=2024",), "model '2024': not embedded"),
         ("0.7x", ("--start=nowhere",), "model 'nowhere': not embedded"),

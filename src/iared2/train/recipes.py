@@ -362,7 +362,8 @@ def find_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         raise explain_validation(error) from None
     if found.together is not None and found.together.start is not None:
         # Even at its usual value: the start's may be another.
-        named = [path for path, _ in pairs if path.split(".")[0] == "together" and path.split(".")[1] in OF_THE_START]
+        settings = {f"together.{name}" for name in OF_THE_START}
+        named = [path for path, _ in pairs if ".".join(path.split(".")[:2]) in settings]
         if named:
             raise ConfigError(f"together.start: {found.together.start} is a reduced model with its own settings; leave out {named[0]}")
     return found
