@@ -1,7 +1,7 @@
 """Accuracy against multiply-adds on labelled photos: ours (one model per seed) beside ToMe, class attention and chance.
 
 python benchmarks/trade_off.py PHOTOS --weights FILE --calibrate PHOTOS2 --models RUN0 RUN1 RUN2 [--budgets 0.67 0.60]
-    [--configure weights=kept]
+    [--configure weights=kept] [--dtype float32]
 
 PHOTOS is looked at once per row, for the published figure; thresholds are calibrated on pictures held out of PHOTOS2, which were
 trained on by nobody. Differences are paired with the dense model on the same photos; over seeds means and their 95 % intervals
@@ -177,6 +177,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--configure", nargs="*", type=pair, default=[], metavar="KEY=VALUE", help="settings of all models, as weights=kept"
     )
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="what all models compute in")
     parser.add_argument("--top-k", action="store_true", help="once calibrated, the same share of patches in every image")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--speed", action="store_true", help=f"also time every model in turn, on {SPEED_ON} of the photos")
@@ -243,7 +244,7 @@ def main() -> None:
     images, labels, sources = pictures(options.photos, how, limit=options.limit)
     held, _, _ = pictures(options.calibrate, how, options.held_out)
     rows, timed = [], {"dense": backbone}
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
         dense = torch.cat([backbone(batch).float() for batch in images])
         rows.append(row("dense", dense, dense, labels, 1.0, sources))
         print(json.dumps(rows[-1]), flush=True)

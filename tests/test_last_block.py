@@ -136,6 +136,17 @@ def test_a_paused_walk_is_finished_from_wherever_it_is():
     assert len(kept.reductions) == 1 and not torch.allclose(model.adapter.head(kept.tokens), wanted)
 
 
+def test_a_caller_can_ask_for_less_than_the_setting_says():
+    """Training stages read answers alone, whatever the model they train is set to."""
+    model, images = lively("deit", (1, 2), place="between", on_drop="merge"), FAMILIES["deit"].images(3).double()
+    model.configure(skip_unread=False)
+    whole, short = model.finish(model.start(images)), model.finish(model.start(images), skip_unread=True)
+    torch.testing.assert_close(model.adapter.head(short.tokens), model.adapter.head(whole.tokens))
+    assert len(short.tokens.x_TD) == 3 * model.adapter.prefix < len(whole.tokens.x_TD)
+    model.configure(skip_unread=True)
+    assert len(model.finish(model.start(images), skip_unread=False).tokens.x_TD) == len(whole.tokens.x_TD)
+
+
 @pytest.mark.parametrize("name", ["deit", "deit3", "dinov2_reg"])
 def test_gradients_are_the_same(name):
     model, images = lively(name, (1, 2), place="between", on_drop="merge", worth=WorthConfig()), FAMILIES[name].images(3).double()

@@ -57,14 +57,15 @@ class Walker(nn.Module):
             state = self.run_block(state, block, self._due(state, block, reduce))
         return state
 
-    def finish(self, state: State, reduce: Sequence[int] | None = None) -> State:
+    def finish(self, state: State, reduce: Sequence[int] | None = None, skip_unread: bool | None = None) -> State:
         """Runs the blocks that are left, as far as the head will read them.
 
-        With `config.skip_unread`, and a head that reads prefix tokens alone, the last block makes keys and values of patches, and
-        everything else of prefix tokens only: the same answer for less. The state's tokens are those prefix tokens then.
+        With `skip_unread` (`config.skip_unread` by default), and a head that reads prefix tokens alone, the last block makes keys and
+        values of patches, and everything else of prefix tokens only: the same answer for less. The state's tokens are those prefix
+        tokens then.
         """
         last = self.adapter.depth - 1
-        if not self.skips_unread or (state.block, state.half) > (last, False):
+        if not self._skips_unread(skip_unread) or (state.block, state.half) > (last, False):
             return self.walk(state, last + 1, reduce)
         state = self.walk(state, last, reduce)
         group = self._due(state, last, reduce)
@@ -76,8 +77,13 @@ class Walker(nn.Module):
     @property
     def skips_unread(self) -> bool:
         """Whether the last block computes prefix tokens alone; not if patches are scored between its halves."""
+        return self._skips_unread(None)
+
+    def _skips_unread(self, wanted: bool | None) -> bool:
+        """The same if `wanted` takes the place of the model's own setting."""
         scored = self.config.place == "between" and self.config.first_blocks[-1] == self.adapter.depth - 1
-        return self.config.skip_unread and self.adapter.reads_prefix_alone and not scored
+        wanted = self.config.skip_unread if wanted is None else wanted
+        return wanted and self.adapter.reads_prefix_alone and not scored
 
     def _due(self, state: State, block: int, reduce: Sequence[int] | None) -> int | None:
         """The group that reduces at this block, if it is among those asked for (all by default) and has not done so."""

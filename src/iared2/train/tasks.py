@@ -109,13 +109,13 @@ class GroupTask(Task):
 
     def finish(self, state: State, reduction: Reduction) -> Float[Tensor, "B classes"]:
         """Logits after a reduction; later groups keep everything, as the curriculum has it."""
-        state = self.model.finish(self.model.after_reduction(state, reduction), reduce=())
+        state = self.model.finish(self.model.after_reduction(state, reduction), reduce=(), skip_unread=True)
         return self.model.adapter.head(state.tokens).float()
 
     @torch.no_grad()
     def dense_logits(self, images: Float[Tensor, "B C height width"]) -> Float[Tensor, "B classes"]:
         """Logits of the backbone with nothing dropped."""
-        state = self.model.finish(self.model.start(images), reduce=())
+        state = self.model.finish(self.model.start(images), reduce=(), skip_unread=True)
         return self.model.adapter.head(state.tokens).float()
 
 
