@@ -248,6 +248,11 @@ def main() -> None:
         dense = torch.cat([backbone(batch).float() for batch in images])
         rows.append(row("dense", dense, dense, labels, 1.0, sources))
         print(json.dumps(rows[-1]), flush=True)
+        if options.dtype == "float32":  # what rounding alone does
+            with torch.autocast("cpu", torch.bfloat16):
+                rounded = torch.cat([backbone(batch).float() for batch in images])
+            rows.append(row("dense, in bfloat16", rounded, dense, labels, 1.0, sources))
+            print(json.dumps(rows[-1]), flush=True)
         for name, model in peers(backbone) if options.peers else ():
             timed[name] = model
             found, share = measure(model, images)

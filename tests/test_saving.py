@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import iared2
 from families import FAMILIES, randomised
 from iared2.errors import ConfigError, HubError, WeightsError
 from iared2.model import ReducedTransformer, reduce
-from iared2.saving import backbone_spec, load_reduced, save_reduced
+from iared2.saving import backbone_spec, load_reduced, load_tensors, save_reduced
 from iared2.worth import WorthConfig
 
 TINY = {"img_size": 64, "depth": 4, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
@@ -426,9 +427,24 @@ def test_numbers_without_a_dimension_are_taken_from_older_models(tmp_path: Path)
     assert torch.equal(load_reduced(tmp_path)(IMAGES), model(IMAGES))
 
 
-def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, value: str) -> None:
     model = load_reduced("iared2_mini_patch8_96")
-    model.backbone.blocks[3].mlp.fc1.weight.data[0, 0] = float("nan")
+    model.backbone.blocks[3].mlp.fc1.weight.data[0, 0] = float(value)
     save_reduced(model, tmp_path, with_backbone=True)
     with pytest.raises(WeightsError, match=r"blocks\.3\.mlp\.fc1\.weight holds values that are not numbers"):
         load_reduced(tmp_path)
+    next(model.reducers[1].parameters()).data.view(-1)[0] = float(value)
+    save_reduced(model, tmp_path, with_backbone=False)
+    with pytest.raises(WeightsError, match=r"1\..* holds values that are not numbers \(NaN or infinite\)"):
+        load_reduced(tmp_path, backbone=load_reduced("iared2_mini_patch8_96").backbone)
+
+
+@pytest.mark.parametrize(("value", "fits"), [("-inf", True), ("nan", False)])
+def test_a_mask_may_be_infinite(tmp_path: Path, value: str, fits: bool) -> None:
+    """Backbones keep attention masks as buffers."""
+    module = torch.nn.Linear(2, 2)
+    module.register_buffer("mask", torch.tensor([0.0, float(value)]))
+    save_file(module.state_dict(), tmp_path / "weights.safetensors")
+    with nullcontext() if fits else pytest.raises(WeightsError, match="mask holds values that are not numbers"):
+        load_tensors(module, tmp_path / "weights.safetensors")
