@@ -376,6 +376,19 @@ def test_table5(run, saved, masks, photos, tmp_path, monkeypatch):
     assert "segmentation" not in json.loads((tmp_path / "out/table5.json").read_text())
 
 
+def test_table5_gives_ours_no_short_last_block(run, saved, photos, tmp_path):
+    """The policies compute all of it; then ours does, too, and costs what it costs without that setting."""
+    short = make(0)
+    short.configure(skip_unread=True)
+    save_reduced(short, tmp_path / "short", with_backbone=True)
+    shares = []
+    for folder in (tmp_path / "short", saved / "run0"):
+        assert run("table5", "--photos", photos, model=("--model", folder))[0] == 0
+        content = json.loads((tmp_path / "out/table5.json").read_text())["classification"]
+        shares.append([content["ours"][0]["rows"][1]["macs_share"], *(row["macs_share"] for row in content["policies"])])
+    assert shares[0] == shares[1]
+
+
 @pytest.mark.parametrize(("name", "panels"), [("figure3", 3), ("figure6", 3), ("figure4", 4), ("figure7", 4)])
 def test_figures(run, photos, tmp_path, name, panels):
     code, _, errors = run(name, "--photos", photos, "--count", 3, "--seed", 5)
