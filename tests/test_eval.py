@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import iared2
 from iared2 import cost
+from iared2.cli import main
 from iared2.data.arrays import ArrayBatches, ImageArrays, Preprocess
 from iared2.data.batches import FileBatches
 from iared2.data.sources import open_data
@@ -155,6 +156,33 @@ def test_labels_must_be_the_models(model):
     data = ImageArrays(noise(4), torch.tensor([0, 1, 2, CLASSES]))
     with pytest.raises(DataError, match=f"label {CLASSES} .*outside the model's {CLASSES} classes"):
         evaluate(model, ArrayBatches(data, HOW, 4, train=False))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_answers_that_are_no_numbers_agree_with_nothing(arrays, value):
+    """Two models that answer NaN would agree everywhere, at a difference of 0."""
+    broken = tiny()
+    broken.backbone.head.bias.data[3] = value
+    batches = ArrayBatches(arrays, HOW, 8, train=False)
+    with pytest.raises(ConfigError, match=r"the dense model answers NaN or infinity; check its weights, or try --dtype float32"):
+        evaluate(broken, batches)
+    broken = tiny()
+    broken.adapter.head = lambda tokens: torch.full((tokens.layout.images, CLASSES), value)
+    with pytest.raises(ConfigError, match="the reduced model answers NaN"):
+        evaluate(broken, batches)
+
+
+def test_a_model_that_answers_nan_ends_in_one_line(pictures, tmp_path, capsys):
+    """Finite weights may do so all the same."""
+    broken = tiny()
+    for block in broken.backbone.blocks:
+        block.mlp.fc2.bias.data[:2] = 3e38
+    save_reduced(broken, tmp_path / "broken", with_backbone=True)
+    arguments = ["eval", "--data", str(pictures), "--model", str(tmp_path / "broken"), "--json", str(tmp_path / "found.json")]
+    assert main(arguments) == 2
+    words = "the dense model answers NaN or infinity; check its weights, or try --dtype float32"
+    assert capsys.readouterr().err.strip().splitlines() == [f"iared2: {words}"]
+    assert not (tmp_path / "found.json").exists()
 
 
 @pytest.fixture(scope="module")

@@ -395,6 +395,16 @@ def test_all_figures_of_a_real_model(judge):
     assert not torch.equal(again.value["deletion_zero"], found.value["deletion_zero"])
 
 
+def test_a_judge_that_answers_nan_judges_nothing():
+    broken = iared2.reduce(timm.create_model("iared2_mini_patch8_64", num_classes=10), 3).eval()
+    broken.backbone.head.bias.data[0] = float("nan")
+    judge, images = Judge(broken, (0.5,) * 3, (0.5,) * 3), torch.rand(2, 3, 64, 64)
+    with pytest.raises(ConfigError, match="the dense model answers NaN or infinity"):
+        judge(images)
+    with pytest.raises(ConfigError, match="the dense model answers NaN or infinity"):
+        judge.without(images, torch.ones(2, 64, dtype=torch.bool))
+
+
 def test_no_classifier_no_answer():
     bare = iared2.reduce(timm.create_model("iared2_mini_patch8_64", num_classes=0), 3)
     with pytest.raises(ConfigError, match="no classifier"):

@@ -440,6 +440,20 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, value: str) ->
         load_reduced(tmp_path, backbone=load_reduced("iared2_mini_patch8_96").backbone)
 
 
+def test_weights_are_checked_as_the_model_will_hold_them(tmp_path: Path) -> None:
+    """A number of 64 bits may be none of 32; one of 8 has no test of its own; a tied parameter has two names."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    module[1].weight = module[0].weight
+    path, good = tmp_path / "weights.safetensors", {name: value.clone() for name, value in module.state_dict().items()}
+    for name, value in (("0.bias", torch.full((2,), 1e300, dtype=torch.float64)), ("1.weight", torch.full((2, 2), float("inf")))):
+        save_file({**good, name: value}, path)
+        with pytest.raises(WeightsError, match=f"{name} holds values that are not numbers"):
+            load_tensors(module, path)
+    save_file({**good, "0.bias": torch.tensor([0.5, -2.0]).to(torch.float8_e4m3fn)}, path)
+    load_tensors(module, path)
+    assert module[0].bias.tolist() == [0.5, -2.0]
+
+
 @pytest.mark.parametrize(("value", "fits"), [("-inf", True), ("nan", False)])
 def test_a_mask_may_be_infinite(tmp_path: Path, value: str, fits: bool) -> None:
     """Backbones keep attention masks as buffers."""

@@ -272,17 +272,18 @@ def load_tensors(module: Any, path: Path, resample_positions: bool = False) -> N
         parts = [f"lacks {missing[0]!r} and {len(missing) - 1} more"] if missing else []
         parts += [f"has {surplus[0]!r} and {len(surplus) - 1} more that the model does not know"] if surplus else []
         raise WeightsError(f"{path}: made for another model: it {', '.join(parts)}")
-    parameters = {name for name, _ in module.named_parameters()}
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for name, value in wanted.items():
         if tensors[name].numel() == value.numel() == 1:  # single numbers had no dimension before 0.1.0
             tensors[name] = tensors[name].reshape(value.shape)
         if tensors[name].shape != value.shape:
             raise WeightsError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model wants {tuple(value.shape)}")
+        tensors[name] = tensors[name].to(value.dtype)
         # Masks among the buffers may be infinite; what was learned may not.
         wrong = ~tensors[name].isfinite() if name in parameters else tensors[name].isnan()
         if wrong.any():
             raise WeightsError(f"{path}: {name} holds values that are not numbers (NaN or infinite); fetch or train the weights again")
-    module.load_state_dict({name: tensors[name].to(value.dtype) for name, value in wanted.items()})
+    module.load_state_dict({name: tensors[name] for name in wanted})
 
 
 def find_model(name: str, **options: Any) -> Path:

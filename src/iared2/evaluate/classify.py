@@ -23,6 +23,7 @@ from iared2.data.labels import check_labels, model_class_ids
 from iared2.data.sources import Data, open_data
 from iared2.data.streams import StreamedImages
 from iared2.errors import ConfigError, DataError
+from iared2.evaluate.judge import finite
 from iared2.evaluate.machine import describe_machine, synchronise, versions
 from iared2.evaluate.report import SCHEMA, EvalReport, Row, SourceRow, check_writable, write_json
 from iared2.evaluate.tally import Outcome, Tally
@@ -94,6 +95,7 @@ def evaluate(model: ReducedTransformer, batches: EvalBatches, sources: Sequence[
         progress: show a bar on a terminal.
 
     Raises:
+        ConfigError: an answer that is not finite.
         DataError: no readable picture, or a label that the model does not have.
     """
     clock = Clock(next(model.parameters()).device)
@@ -105,6 +107,7 @@ def outcomes(model: ReducedTransformer, batches: EvalBatches, clock: Clock, prog
     """Both models on every batch: what came of it, and the numbers of the pictures.
 
     Raises:
+        ConfigError: an answer that is not finite.
         DataError: a label that the model does not have.
     """
     parameter, training = next(model.parameters()), model.training
@@ -117,6 +120,8 @@ def outcomes(model: ReducedTransformer, batches: EvalBatches, clock: Clock, prog
         size = (images.shape[-2], images.shape[-1])
         found = clock.run({"dense": partial(model.backbone, images), "reduced": partial(_reduced_pass, model, images)})
         logits, state = found["reduced"]
+        for whose, answers in (("the dense model", found["dense"]), ("the reduced model", logits)):
+            finite(answers, whose)
         trace = model.make_trace(state.reductions, size).cpu()
         yield Measured(_outcome(model, batch["labels"], (found["dense"], logits), trace, size), batch["indices"], size)
     model.train(training)

@@ -27,6 +27,17 @@ class DropsPatches(Protocol):
     def without(self, images: Tensor, keep_BN: Tensor) -> Tensor: ...
 
 
+def finite(logits: Float[Tensor, "B K"], whose: str) -> Float[Tensor, "B K"]:
+    """Answers as they are.
+
+    Raises:
+        ConfigError: one is not finite. It would count as an answer, agree with the next, and make any difference 0.
+    """
+    if not logits.isfinite().all():
+        raise ConfigError(f"{whose} answers NaN or infinity; check its weights, or try --dtype float32")
+    return logits
+
+
 class Judge:
     """The dense backbone inside a model, reducers aside: the same judge for every method.
 
@@ -52,7 +63,7 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        return self.model.backbone(self.normalised(images)).float()
+        return finite(self.model.backbone(self.normalised(images)).float(), "the dense model")
 
     def grid(self, images: Float[Tensor, "B C H W"]) -> tuple[int, int]:
         """Rows and columns of patches."""
@@ -64,6 +75,9 @@ class Judge:
 
         Where patches are embedded by a stem of overlapping convolutions, kept tokens have seen a few pixels of their dropped neighbours.
         An image of a backbone that pools patches must keep one.
+
+        Raises:
+            ConfigError: an answer that is not finite; so does a call.
         """
         adapter = self.model.adapter
         tokens = adapter.embed(self.normalised(images))
@@ -71,4 +85,4 @@ class Judge:
         tokens = take(tokens, rule(torch.zeros_like(tokens.x_TD[:, 0]), tokens.layout))
         for block in range(adapter.depth):
             tokens = adapter.feed(block, adapter.attend(block, tokens).tokens)
-        return adapter.head(tokens).float()
+        return finite(adapter.head(tokens).float(), "the dense model")
