@@ -95,6 +95,8 @@ def test_a_table_is_written_and_never_trained_twice(small: Bench, monkeypatch: p
     record = json.loads((small.output / "gumbel.json").read_text())
     assert [row["name"] for row in record["rows"]] == ["REINFORCE", "Gumbel"]
     assert all(0 < row["macs_share"] <= 1.01 and len(row["correct"]) == 6 for row in record["rows"])
+    assert all(0 < row["train_seconds"] < row["seconds"] for row in record["rows"]) and record["dense"]["train_seconds"] is None
+    assert runs.figures(small, TABLES["gumbel"]().lines[0].what.at(0.4), 0)["train_seconds"] is None  # the model is there
     assert record["dense"]["uniform_inside"] == pytest.approx(50) and record["dense"]["macs_share"] == pytest.approx(1, abs=0.01)
     text = (small.output / "gumbel.md").read_text()
     assert "79.1 % at 2.9 G" in text and "--images 8 --val-images 6" in text

@@ -65,7 +65,8 @@ class Walker(nn.Module):
         tokens then.
         """
         last = self.adapter.depth - 1
-        if not self._skips_unread(skip_unread) or (state.block, state.half) > (last, False):
+        wanted = self.config.skip_unread if skip_unread is None else skip_unread
+        if not (wanted and self._can_skip_unread) or (state.block, state.half) > (last, False):
             return self.walk(state, last + 1, reduce)
         state = self.walk(state, last, reduce)
         group = self._due(state, last, reduce)
@@ -77,13 +78,12 @@ class Walker(nn.Module):
     @property
     def skips_unread(self) -> bool:
         """Whether the last block computes prefix tokens alone; not if patches are scored between its halves."""
-        return self._skips_unread(None)
+        return self.config.skip_unread and self._can_skip_unread
 
-    def _skips_unread(self, wanted: bool | None) -> bool:
-        """The same if `wanted` takes the place of the model's own setting."""
+    @property
+    def _can_skip_unread(self) -> bool:
         scored = self.config.place == "between" and self.config.first_blocks[-1] == self.adapter.depth - 1
-        wanted = self.config.skip_unread if wanted is None else wanted
-        return wanted and self.adapter.reads_prefix_alone and not scored
+        return self.adapter.reads_prefix_alone and not scored
 
     def _due(self, state: State, block: int, reduce: Sequence[int] | None) -> int | None:
         """The group that reduces at this block, if it is among those asked for (all by default) and has not done so."""

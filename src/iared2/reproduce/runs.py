@@ -70,8 +70,8 @@ def figures(bench: Bench, what: Configuration, seed: int) -> Row:
 
     Returns:
         top1 (percent), correct (one digit per picture), macs_share, keep_ratio (per group), inside and outside_in (percent of the
-        second group's map, and of its reverse, within boxes; None where there are none), seconds, those of them until the model was
-        trained (only to read it, if it was before), and what was run.
+        second group's map, and of its reverse, within boxes; None where there are none), seconds, train_seconds (of these; None if the
+        model was there already), and what was run. After a training that was killed, times are those of what was left.
     """
     recipe = bench.recipe(what.changes, seed, what.base, what.start)
     folder = bench.output / "runs" / f"{what.kind}-{digest(recipe, bench.start_hash)}-{seed}"
@@ -81,8 +81,9 @@ def figures(bench: Bench, what: Configuration, seed: int) -> Row:
     if known is not None:
         return {**known, "name": what.name}
     start = time.perf_counter()
+    there = what.kind == "dense" or from_main((folder / "model" / "config.json").is_file)
     model = _model(bench, what, recipe, folder)
-    trained = time.perf_counter() - start
+    train_seconds = None if there else round(time.perf_counter() - start, 1)
     validation = bench.pictures[1]
 
     def measured() -> Row:
@@ -90,16 +91,14 @@ def figures(bench: Bench, what: Configuration, seed: int) -> Row:
             met = what.budget is None or _meet(model, bench, recipe, what.budget)
             found = measure(model, bench.held_out(recipe, model.backbone), validation)
         row: Row = {"name": what.name, "seed": seed, **found, "budget_met": met, "seconds": round(time.perf_counter() - start, 1)}
-        row["train_seconds"] = round(trained, 1)
+        row["train_seconds"] = train_seconds
         row |= {"changes": dict(what.changes), "kind": what.kind, "threshold": what.threshold, "budget": what.budget, "start": what.start}
         write_json(path, row)
         return row
 
     row = from_main(measured)
-    logger.info(
-        "%s, seed %d: top-1 %.2f %% at %.3fx of the multiply-adds, trained in %.0f s, measured in %.0f s",
-        *(what.name, seed, row["top1"], row["macs_share"], row["train_seconds"], row["seconds"] - row["train_seconds"]),
-    )
+    spent = f"{row['seconds']:.0f} s" if train_seconds is None else f"{row['seconds']:.0f} s, {train_seconds:.0f} of them to train"
+    logger.info("%s, seed %d: top-1 %.2f %% at %.3fx of the multiply-adds, %s", what.name, seed, row["top1"], row["macs_share"], spent)
     return row
 
 

@@ -81,7 +81,7 @@ def attend_prefix(
         ConfigError: attention is being recorded, which takes queries of all tokens.
     """
     if not torch.compiler.is_compiling() and _RECORDS.get() is not None:
-        raise ConfigError("attention of prefix tokens alone cannot be recorded; configure(skip_unread=False) first")
+        raise ConfigError("attention of prefix tokens alone cannot be recorded; run the last block in full (configure(skip_unread=False))")
     bias_T = None if mass_T is None else mass_T.log().to(q_BLHK.dtype)
     found = []
     for k1, v1, bias, bucket in _by_bucket(k_THK, v_THV, bias_T, layout.padding):
