@@ -53,6 +53,12 @@ def pictures(folder, how: Preprocess, held_out: int | None = None, limit: int | 
 
 
 @torch.inference_mode()
+def answers(backbone, images):
+    """Logits of a backbone with nothing dropped."""
+    return torch.cat([backbone(batch).float() for batch in images])
+
+
+@torch.inference_mode()
 def measure(model, images):
     """Logits and mean share of the dense multiply-adds."""
     logits, share = [], 0.0
@@ -126,8 +132,7 @@ def at_budget(folder: str, budget: float, options: argparse.Namespace, backbone,
 
 def nothing_dropped(folder: Path, images):
     """Answers of a saved model's own, fine-tuned backbone: what fine-tuning alone does."""
-    backbone = iared2.load_reduced(folder).backbone.eval()
-    return torch.cat([backbone(batch).float() for batch in images])
+    return answers(iared2.load_reduced(folder).backbone.eval(), images)
 
 
 @torch.inference_mode()
@@ -245,12 +250,12 @@ def main() -> None:
     held, _, _ = pictures(options.calibrate, how, options.held_out)
     rows, timed = [], {"dense": backbone}
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
-        dense = torch.cat([backbone(batch).float() for batch in images])
+        dense = answers(backbone, images)
         rows.append(row("dense", dense, dense, labels, 1.0, sources))
         print(json.dumps(rows[-1]), flush=True)
         if options.dtype == "float32":  # what rounding alone does
             with torch.autocast("cpu", torch.bfloat16):
-                rounded = torch.cat([backbone(batch).float() for batch in images])
+                rounded = answers(backbone, images)
             rows.append(row("dense, in bfloat16", rounded, dense, labels, 1.0, sources))
             print(json.dumps(rows[-1]), flush=True)
         for name, model in peers(backbone) if options.peers else ():
@@ -260,8 +265,8 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
         own = [Path(folder) for folder in options.models if (Path(folder) / "backbone.safetensors").is_file()]
         if own and len(own) == len(options.models):
-            answers = [nothing_dropped(folder, images) for folder in own]
-            rows.append(over_seeds([row(f"{options.name}, nothing dropped", found, dense, labels, 1.0, sources) for found in answers]))
+            alone = [nothing_dropped(folder, images) for folder in own]
+            rows.append(over_seeds([row(f"{options.name}, nothing dropped", found, dense, labels, 1.0, sources) for found in alone]))
             print(json.dumps(rows[-1]), flush=True)
         for budget in options.budgets:
             seeds = []

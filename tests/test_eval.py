@@ -164,7 +164,7 @@ def test_answers_that_are_no_numbers_agree_with_nothing(arrays, value):
     broken = tiny()
     broken.backbone.head.bias.data[3] = value
     batches = ArrayBatches(arrays, HOW, 8, train=False)
-    with pytest.raises(ConfigError, match=r"the dense model answers NaN or infinity; check its weights, or try --dtype float32"):
+    with pytest.raises(ConfigError, match=r"the dense model answers NaN or infinity; check its weights, or compute in float32"):
         evaluate(broken, batches)
     broken = tiny()
     broken.adapter.head = lambda tokens: torch.full((tokens.layout.images, CLASSES), value)
@@ -180,7 +180,7 @@ def test_a_model_that_answers_nan_ends_in_one_line(pictures, tmp_path, capsys):
     save_reduced(broken, tmp_path / "broken", with_backbone=True)
     arguments = ["eval", "--data", str(pictures), "--model", str(tmp_path / "broken"), "--json", str(tmp_path / "found.json")]
     assert main(arguments) == 2
-    words = "the dense model answers NaN or infinity; check its weights, or try --dtype float32"
+    words = "the dense model answers NaN or infinity; check its weights, or compute in float32"
     assert capsys.readouterr().err.strip().splitlines() == [f"iared2: {words}"]
     assert not (tmp_path / "found.json").exists()
 

@@ -380,6 +380,7 @@ def test_table5_gives_ours_no_short_last_block(run, saved, photos, tmp_path):
     """The policies compute all of it; then ours does, too, and costs what it costs without that setting."""
     short = make(0)
     short.configure(skip_unread=True)
+    assert short.skips_unread
     save_reduced(short, tmp_path / "short", with_backbone=True)
     shares = []
     for folder in (tmp_path / "short", saved / "run0"):

@@ -233,6 +233,22 @@ def test_a_soft_reward_is_the_degree_of_agreement_with_the_dense_model() -> None
         RewardConfig(soft=True)
 
 
+def test_stages_compute_in_the_last_block_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the model is set to, which says what is reported; with everything kept the answers are the backbone's."""
+    model = reduce(tiny_run.tiny_backbone(), (2,)).eval()
+    batch, short, blocks = next(tiny_run.tiny_feeds().held_out.epoch(0)), model.adapter.attend_prefix, []
+    monkeypatch.setattr(model.adapter, "attend_prefix", lambda block, tokens: (blocks.append(block), short(block, tokens))[1])
+    task = InterpreterTask(model, 0, RewardConfig())
+    state = task.frozen_prefix(batch)
+    scores = torch.rand(len(state.tokens.x_TD))
+    everything = task.reducer.apply_rule(Threshold(-1.0), state.tokens, Judged(scores, scores))
+    with torch.no_grad():
+        wanted = model.backbone(batch["images"])
+        assert torch.allclose(task.finish(state, everything), wanted, atol=1e-5)
+        assert torch.allclose(task.dense_logits(batch["images"]), wanted, atol=1e-5)
+    assert blocks == 2 * [model.adapter.depth - 1] and not model.skips_unread
+
+
 def test_blocks_can_be_distilled_from_the_dense_model_as_it_was(tmp_path: Path) -> None:
     """Labels that are wrong throughout do no harm, and the teacher is neither trained nor saved."""
     recipe = tiny_run.tiny_recipe(block_target="dense", block_epochs=2, warm_start_epochs=0)

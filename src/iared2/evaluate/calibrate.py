@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from iared2 import cost
 from iared2.budget import LARGEST, Budget, curve, powered, solve_power
 from iared2.errors import ConfigError, DataError
+from iared2.evaluate.judge import finite
 from iared2.evaluate.machine import synchronise
 from iared2.keep import Threshold
 from iared2.model import ReducedTransformer
@@ -98,18 +99,10 @@ class Calibrator:
                 "change its ratios, or configure(rule='threshold') first"
             )
         self.model, self.batches = model.eval(), list(batches)
-        self.dense = list(dense or [self._finite(model.backbone(images)).float() for images in self.batches])
+        self.dense = list(dense or [finite(model.backbone(images), "the dense model").float() for images in self.batches])
         self.size = (self.batches[0].shape[-2], self.batches[0].shape[-1])
         self.pictures = sum(len(images) for images in self.batches)
         self.dense_macs = cost.dense_macs(model.adapter, *self.size)
-
-    @staticmethod
-    def _finite(output: Tensor) -> Tensor:
-        if not output.isfinite().all():
-            raise ConfigError(
-                "the backbone answers NaN or infinity, so there is nothing to agree with; check its weights and preprocessing"
-            )
-        return output
 
     @staticmethod
     def _known(chance_P: Tensor) -> Tensor:

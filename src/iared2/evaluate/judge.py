@@ -34,7 +34,7 @@ def finite(logits: Float[Tensor, "B K"], whose: str) -> Float[Tensor, "B K"]:
         ConfigError: one is not finite. It would count as an answer, agree with the next, and make any difference 0.
     """
     if not logits.isfinite().all():
-        raise ConfigError(f"{whose} answers NaN or infinity; check its weights, or try --dtype float32")
+        raise ConfigError(f"{whose} answers NaN or infinity; check its weights, or compute in float32")
     return logits
 
 

@@ -90,8 +90,8 @@ def figures(bench: Bench, what: Configuration, seed: int) -> Row:
         with precision(pick_device(bench.device), "bfloat16" if recipe.precision == "bf16" else "float32"):
             met = what.budget is None or _meet(model, bench, recipe, what.budget)
             found = measure(model, bench.held_out(recipe, model.backbone), validation)
-        row: Row = {"name": what.name, "seed": seed, **found, "budget_met": met, "seconds": round(time.perf_counter() - start, 1)}
-        row["train_seconds"] = train_seconds
+        row: Row = {"name": what.name, "seed": seed, **found, "budget_met": met}
+        row |= {"seconds": round(time.perf_counter() - start, 1), "train_seconds": train_seconds}
         row |= {"changes": dict(what.changes), "kind": what.kind, "threshold": what.threshold, "budget": what.budget, "start": what.start}
         write_json(path, row)
         return row
