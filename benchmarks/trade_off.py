@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from iared2.data.arrays import Preprocess
 from iared2.data.batches import make_batches
 from iared2.data.sources import open_data
-from iared2.evaluate.calibrate import Calibrator
+from iared2.evaluate.calibrate import Calibrator, margin_for
 from iared2.evaluate.classify import eval_preprocess
 from iared2.evaluate.machine import describe_machine, versions
 from iared2.keep import TopK
@@ -122,12 +122,19 @@ def at_budget(folder: str, budget: float, options: argparse.Namespace, backbone,
     trained = (Path(folder) / "backbone.safetensors").is_file()
     model = iared2.load_reduced(folder) if trained else iared2.load_reduced(folder, backbone=backbone)
     model.configure(**dict(options.configure))
-    calibrator = Calibrator(model, held, dense=[backbone(batch).float() for batch in held])
+    calibrator = Calibrator(model, held, dense=[backbone(batch).float() for batch in held], second_look=options.second_look)
     expected = calibrator.to_share(budget)
     if options.top_k:
         model.configure(rule="top_k", ratios=expected.ratios)
+        calibrator.choose_margin()
         expected = calibrator.measure()
     return model, expected
+
+
+def twice(model, share: float, held):
+    """A peer that passes its least sure pictures again, as `second_look` does; reducers of others do not bear being configured."""
+    model.config = model.config.model_copy(update={"second_look": margin_for(model, held, share)})
+    return model
 
 
 def nothing_dropped(folder: Path, images):
@@ -184,6 +191,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="what all models compute in")
     parser.add_argument("--top-k", action="store_true", help="once calibrated, the same share of patches in every image")
+    parser.add_argument(
+        "--second-look", type=float, default=0.0, metavar="SHARE", help="pictures that every model passes again, as 0.1; budgets count it"
+    )
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--speed", action="store_true", help=f"also time every model in turn, on {SPEED_ON} of the photos")
     parser.add_argument("--json", type=Path)
@@ -241,56 +251,75 @@ def plot(rows: list[dict], path: Path) -> None:
     drawn.savefig(path)
 
 
+class Table:
+    """Rows on one set of photos, printed as they come, and the models behind them."""
+
+    def __init__(self, backbone, photos) -> None:
+        self.images, self.labels, self.sources = photos
+        self.dense = answers(backbone, self.images)
+        self.rows: list[dict] = []
+        self.timed = {"dense": backbone}
+        self.add(self.row("dense", self.dense))
+
+    def row(self, name: str, found, share: float = 1.0) -> dict:
+        return row(name, found, self.dense, self.labels, share, self.sources)
+
+    def add(self, one: dict) -> None:
+        self.rows.append(one)
+        print(json.dumps(one), flush=True)
+
+    def measured(self, name: str, model) -> dict:
+        """A row of a model, which is also one of those that speed is measured of (over seeds: the first)."""
+        self.timed.setdefault(name, model)
+        return self.row(name, *measure(model, self.images))
+
+    def time(self) -> None:
+        found = speeds(self.timed, torch.cat(self.images)[:SPEED_ON].split(SPEED_BATCH))
+        for name, rate in found.items():
+            print(f"{name}: {rate:.1f} images/s, {rate / found['dense']:.2f} x dense", flush=True)
+        for one in self.rows:
+            one["images_per_second"] = round(found.get(one["method"], float("nan")), 1)
+
+
+def fill(table: Table, options: argparse.Namespace, backbone, held) -> None:
+    """All rows that were asked for."""
+    if options.dtype == "float32":  # what rounding alone does
+        with torch.autocast("cpu", torch.bfloat16):
+            table.add(table.row("dense, in bfloat16", answers(backbone, table.images)))
+    again = ", second look" if options.second_look else ""
+    for name, model in peers(backbone) if options.peers else ():
+        table.add(table.measured(name + again, twice(model, options.second_look, held) if again else model))
+    own = [Path(folder) for folder in options.models if (Path(folder) / "backbone.safetensors").is_file()]
+    if own and len(own) == len(options.models):
+        alone = [nothing_dropped(folder, table.images) for folder in own]
+        table.add(over_seeds([table.row(f"{options.name}, nothing dropped", found) for found in alone]))
+    for budget in options.budgets if options.models else ():
+        seeds = []
+        for folder in options.models:
+            model, expected = at_budget(folder, budget, options, backbone, held)
+            seeds.append(table.measured(f"{options.name} at {budget:g}x{again}", model))
+            print(json.dumps(seeds[-1] | {"model": folder, "expected": expected.line()}), flush=True)
+        table.add(over_seeds(seeds))
+
+
 def main() -> None:
     options = arguments()
     backbone = timm.create_model("deit_tiny_patch16_224.fb_in1k").eval()
     load_tensors(backbone, Path(options.weights))
     how = eval_preprocess(iared2.reduce(backbone, 3))
-    images, labels, sources = pictures(options.photos, how, limit=options.limit)
+    photos = pictures(options.photos, how, limit=options.limit)
     held, _, _ = pictures(options.calibrate, how, options.held_out)
-    rows, timed = [], {"dense": backbone}
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
-        dense = answers(backbone, images)
-        rows.append(row("dense", dense, dense, labels, 1.0, sources))
-        print(json.dumps(rows[-1]), flush=True)
-        if options.dtype == "float32":  # what rounding alone does
-            with torch.autocast("cpu", torch.bfloat16):
-                rounded = answers(backbone, images)
-            rows.append(row("dense, in bfloat16", rounded, dense, labels, 1.0, sources))
-            print(json.dumps(rows[-1]), flush=True)
-        for name, model in peers(backbone) if options.peers else ():
-            timed[name] = model
-            found, share = measure(model, images)
-            rows.append(row(name, found, dense, labels, share, sources))
-            print(json.dumps(rows[-1]), flush=True)
-        own = [Path(folder) for folder in options.models if (Path(folder) / "backbone.safetensors").is_file()]
-        if own and len(own) == len(options.models):
-            alone = [nothing_dropped(folder, images) for folder in own]
-            rows.append(over_seeds([row(f"{options.name}, nothing dropped", found, dense, labels, 1.0, sources) for found in alone]))
-            print(json.dumps(rows[-1]), flush=True)
-        for budget in options.budgets:
-            seeds = []
-            for folder in options.models:
-                model, expected = at_budget(folder, budget, options, backbone, held)
-                timed.setdefault(f"{options.name} at {budget:g}x", model)
-                found, share = measure(model, images)
-                seeds.append(row(f"{options.name} at {budget:g}x", found, dense, labels, share, sources))
-                print(json.dumps(seeds[-1] | {"model": folder, "expected": expected.line()}), flush=True)
-            if seeds:
-                rows.append(over_seeds(seeds))
-                print(json.dumps(rows[-1]), flush=True)
+        table = Table(backbone, photos)
+        fill(table, options, backbone, held)
         if options.speed:
-            found_speeds = speeds(timed, torch.cat(images)[:SPEED_ON].split(SPEED_BATCH))
-            for name, rate in found_speeds.items():
-                print(f"{name}: {rate:.1f} images/s, {rate / found_speeds['dense']:.2f} x dense", flush=True)
-            for one in rows:
-                one["images_per_second"] = round(found_speeds.get(one["method"], float("nan")), 1)
-    rows = joined(rows, options.also)
+            table.time()
+    rows = joined(table.rows, options.also)
     print_table(rows)
     if options.plot:
         plot(rows, options.plot)
     if options.json:
-        about = {"photos": len(labels), "machine": describe_machine(torch.device("cpu")), "versions": versions()}
+        about = {"photos": len(table.labels), "machine": describe_machine(torch.device("cpu")), "versions": versions()}
         options.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 

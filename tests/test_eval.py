@@ -139,9 +139,9 @@ def test_keeping_everything_is_the_dense_model(arrays):
 
 def test_both_models_run_alternately(model, arrays, monkeypatch):
     order = []
-    dense, reduced = type(model.backbone).forward, classify._reduced_pass
+    dense, reduced = type(model.backbone).forward, type(model).answer
     monkeypatch.setattr(type(model.backbone), "forward", lambda *a, **k: order.append("d") or dense(*a, **k))
-    monkeypatch.setattr(classify, "_reduced_pass", lambda *a: order.append("r") or reduced(*a))
+    monkeypatch.setattr(type(model), "answer", lambda *a: order.append("r") or reduced(*a))
     evaluate(model, ArrayBatches(arrays, HOW, 8, train=False))
     assert "".join(order) == "drdr" + "drrddr"  # warm-up, then three batches
 

@@ -392,6 +392,7 @@ def calibrate(
     output: Annotated[Path, Parameter(name=["--output", "-o"], help="Folder for the model with its new thresholds.")],
     target_macs: Annotated[str | None, Parameter(help="A budget per image: 0.65x, 65%, 0.8G, 800M, or 9ms on this device.")] = None,
     disagreement: Annotated[float | None, Parameter(help="Instead: percent of pictures that may get another class than dense.")] = None,
+    second_look: Annotated[float, Parameter(help="Share of pictures to pass again with nothing dropped: those it is least sure of.")] = 0.0,
     model: ModelOption = DEFAULT,
     weights: WeightsOption = None,
     limit: Annotated[int, Parameter(help="Use only this many images.")] = 256,
@@ -402,7 +403,7 @@ def calibrate(
 
     batch_size, seed = common.batch_size or 32, common.seed or 0
     options = CalibrationOptions(weights, limit, batch_size, common.workers, common.device, common.dtype, seed)
-    return run_calibration(model, data, output, Wish(target_macs, disagreement), options)
+    return run_calibration(model, data, output, Wish(target_macs, disagreement, second_look), options)
 
 
 @app.command

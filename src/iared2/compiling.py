@@ -29,3 +29,8 @@ def captures_sizes(method: Callable[P, R]) -> Callable[P, R]:
             return method(*args, **kwargs)
 
     return skip(outside_of_the_graph)
+
+
+def between_graphs(method: Callable[P, R]) -> Callable[P, R]:
+    """torch.compile runs this method as it is and compiles what it calls: for choices that depend on values, which no graph holds."""
+    return captures_sizes(skip(method))

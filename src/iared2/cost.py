@@ -17,6 +17,29 @@ def dense_macs(adapter: BackboneAdapter, height: int, width: int, products: bool
     return reduced_macs(adapter, {}, (height, width), rows * columns, [], products)
 
 
+def second_look_macs(  # noqa: PLR0913, PLR0917 - what was done, and how it is counted
+    adapter: BackboneAdapter,
+    first_block: int,
+    size: tuple[int, int],
+    patches: int,
+    products: bool = True,
+    between: bool = False,
+    prefix_alone: bool = False,
+) -> int:
+    """Multiply-adds of passing one image again with nothing dropped, from in front of the first reduction on.
+
+    Args:
+        first_block: the block of the first reduction.
+        size, patches, products, between, prefix_alone: as in `reduced_macs`.
+    """
+    whole = reduced_macs(adapter, {}, size, patches, [], products, prefix_alone=prefix_alone)
+    shared = reduced_macs(adapter, {}, size, patches, [], products, until=first_block)
+    if between:
+        cost, tokens = adapter.block_cost(first_block), adapter.prefix + patches
+        shared += cost.macs(tokens, 0) if products else cost.linear(tokens, 0)
+    return whole - shared
+
+
 def reduced_macs(  # noqa: PLR0913, PLR0917 - what was done, and how it is counted
     adapter: BackboneAdapter,
     reducers: Mapping[int, Reducer],

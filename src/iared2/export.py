@@ -59,6 +59,11 @@ def _check(model: ReducedTransformer) -> None:
             f"export: got rule={config.rule!r}, wanted 'top_k', the rule with which token counts do not depend on the picture; "
             f"call model.configure(rule='top_k', ratios=({ratios},)) first, with the shares of patches to keep"
         )
+    if config.second_look:
+        raise ConfigError(
+            f"export: got second_look={config.second_look:g}, but a graph cannot choose pictures for a second pass; "
+            "call model.configure(second_look=0) first, and look again outside"
+        )
     pool = getattr(model.backbone, "global_pool", "token")
     if config.on_drop != "discard" and pool not in ("token", "avg", ""):
         raise ConfigError(f"export: pooling {pool!r} does not export with on_drop={config.on_drop!r}; use on_drop='discard'")

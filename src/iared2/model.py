@@ -2,18 +2,19 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from iared2 import cost
 from iared2.backbones import adapt
-from iared2.compiling import captures_sizes
+from iared2.compiling import between_graphs, captures_sizes
 from iared2.errors import ConfigError
 from iared2.features import TimmSurface
 from iared2.handover import OnDrop
@@ -22,8 +23,19 @@ from iared2.reducers.base import Reduction
 from iared2.reducers.iared2 import InterpreterReducer
 from iared2.reduction import ReductionConfig, group_starts
 from iared2.settings import explain_validation
+from iared2.tokens.packed import pick_images
 from iared2.trace import Trace
+from iared2.walk import State
 from iared2.worth import Worth
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Logits, the first pass that led to them, and which pictures were passed again."""
+
+    logits: Float[Tensor, "B classes"]
+    state: State
+    again_B: Bool[Tensor, " B"]
 
 
 class ReducedTransformer(TimmSurface, ModelHubMixin):
@@ -56,6 +68,7 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
         if config.interpreter.context and heads != self.adapter.heads:
             wanted = f"got {heads} heads, wanted {self.adapter.heads}"
             raise ConfigError(f"interpreter: context=true adds one logit per head of attention; {wanted}")
+        self._check_second_look(config)
         device = next(backbone.parameters()).device
         self.reducers = nn.ModuleList()
         for group in range(len(config.first_blocks)):
@@ -71,39 +84,98 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
     @captures_sizes
     def forward(self, images: Float[Tensor, "B C height width"]) -> Tensor:
         """Logits, as the backbone gives them."""
-        return self.logits(images)
+        return self.answer(images).logits if self.looks_again else self.logits(images)
 
     def logits(self, images: Float[Tensor, "B C height width"]) -> Tensor:
-        """As `forward`; for calls from a function compiled with `fullgraph=True`, which PyTorch lets capture sizes anyway."""
+        """As `forward`, in one pass whatever `second_look` says.
+
+        For fine-tuning, and for calls from a function compiled with `fullgraph=True`, which PyTorch lets capture sizes anyway.
+        """
         return self.adapter.head(self.finish(self.start(images)).tokens)
 
-    def trace(self, images: Float[Tensor, "B C height width"]) -> tuple[Tensor, Trace]:
-        """Logits, and what was dropped on the way. Costs nothing beyond `forward`."""
-        state = self.finish(self.start(images))
-        return self.adapter.head(state.tokens), self.make_trace(state.reductions, (images.shape[-2], images.shape[-1]))
+    @between_graphs
+    def answer(self, images: Float[Tensor, "B C height width"]) -> Answer:
+        """What `forward` does: one pass, and another for those pictures that `second_look` asks it for."""
+        ahead = self.walk_to(self.start(images), 0, reduce=())
+        return self.conclude(ahead, self.finish(ahead))
 
-    def make_trace(self, reductions: Sequence[Reduction], size: tuple[int, int]) -> Trace:
-        """The trace of finished reductions for inputs of `size` = (height, width) in pixels."""
+    @between_graphs
+    def conclude(self, ahead: State, state: State) -> Answer:
+        """The answer of a finished pass, with a second look where it leaves a picture's class open.
+
+        Both passes share what runs in front of the first reduction. The second drops nothing: its answer is the backbone's own.
+
+        Args:
+            ahead: the pass paused in front of its first reduction.
+            state: the same pass, finished.
+        """
+        logits = self.adapter.head(state.tokens)
+        if not self.looks_again:
+            return Answer(logits, state, torch.zeros(len(logits), dtype=torch.bool, device=logits.device))
+        again_B = margin(logits) < self.config.second_look
+        index_I = again_B.nonzero().squeeze(1)
+        if len(index_I):
+            tokens = self.finish_dense(replace(ahead, tokens=pick_images(ahead.tokens, index_I)))
+            logits = logits.index_copy(0, index_I, self.adapter.head(tokens))
+        return Answer(logits, state, again_B)
+
+    def trace(self, images: Float[Tensor, "B C height width"], second_look: bool = True) -> tuple[Tensor, Trace]:
+        """Logits, and what was dropped on the way. Costs nothing beyond `forward`.
+
+        Args:
+            second_look: whether pictures are looked at again, if that is set; scores and kept patches are those of the first pass.
+        """
+        ahead = self.walk_to(self.start(images), 0, reduce=())
+        state, size = self.finish(ahead), (images.shape[-2], images.shape[-1])
+        if not second_look:
+            return self.adapter.head(state.tokens), self.make_trace(state.reductions, size)
+        answer = self.conclude(ahead, state)
+        return answer.logits, self.make_trace(state.reductions, size, answer.again_B)
+
+    def make_trace(self, reductions: Sequence[Reduction], size: tuple[int, int], again_B: Bool[Tensor, " B"] | None = None) -> Trace:
+        """The trace of finished reductions for inputs of `size` = (height, width) in pixels, of which `again_B` were looked at again."""
         entering = reductions[0].entering_B.tolist()
+        again = [False] * len(entering) if again_B is None else again_B.tolist()
         kept = torch.stack([r.kept_B for r in reductions], dim=1).tolist()
-        macs = {key: self.macs(size, key[0], key[1:]) for key in {(n, *k) for n, k in zip(entering, kept, strict=True)}}
+        keys = list(zip(entering, map(tuple, kept), again, strict=True))
+        macs = {key: self.macs(size, key[0], key[1], again=key[2]) for key in set(keys)}
         return Trace(
             score_GBN=torch.stack([r.score_BN for r in reductions]),
             keep_GBN=torch.stack([r.keep_BN for r in reductions]),
             carrier_GBN=torch.stack([r.tokens.carrier_BN for r in reductions]),
             grid=reductions[0].before.grid,
             first_blocks=self.config.first_blocks,
-            macs=tuple(macs[(n, *k)] for n, k in zip(entering, kept, strict=True)),
+            macs=tuple(macs[key] for key in keys),
             dense_macs=cost.dense_macs(self.adapter, *size),
+            again=tuple(again),
         )
 
-    def macs(self, size: tuple[int, int], patches: int, kept: Sequence[int], products: bool = True, until: int | None = None) -> int:
-        """Multiply-adds of one image of `size` = (height, width) pixels; see `cost.reduced_macs`."""
+    def macs(
+        self,
+        size: tuple[int, int],
+        patches: int,
+        kept: Sequence[int],
+        products: bool = True,
+        until: int | None = None,
+        again: bool = False,
+    ) -> int:
+        """Multiply-adds of one image of `size` = (height, width) pixels, a second look included if `again`; see `cost.reduced_macs`."""
         reducers = dict(zip(self.config.first_blocks, self.reducers, strict=True))
         between = self.config.place == "between"
-        return cost.reduced_macs(self.adapter, reducers, size, patches, kept, products, between, until, self.skips_unread)
+        once = cost.reduced_macs(self.adapter, reducers, size, patches, kept, products, between, until, self.skips_unread)
+        return once + (self.second_look_macs(size, patches, products) if again else 0)
+
+    def second_look_macs(self, size: tuple[int, int], patches: int, products: bool = True) -> int:
+        """Multiply-adds of a second look at one image of `size` = (height, width) pixels; see `cost.second_look_macs`."""
+        first, between = self.config.first_blocks[0], self.config.place == "between"
+        return cost.second_look_macs(self.adapter, first, size, patches, products, between, self.skips_unread)
 
     # ---- settings ---------------------------------------------------------------------------------------
+
+    @property
+    def looks_again(self) -> bool:
+        """Whether pictures of which the first pass is unsure are passed again; never in training, nor without a classifier."""
+        return self.config.second_look > 0 and not self.training and self.num_classes > 1
 
     @property
     def threshold(self) -> float | tuple[float, ...]:
@@ -120,7 +192,7 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
         self.configure(rule="threshold", thresholds=values)
 
     def configure(self, **changes: Any) -> None:
-        """Changes `rule`, `thresholds`, `ratios`, or how what is dropped is handed over; learned weights stay.
+        """Changes `rule`, `thresholds`, `ratios`, `second_look`, or how what is dropped is handed over; learned weights stay.
 
         Raises:
             ConfigError: a setting that does not exist or does not fit.
@@ -132,10 +204,15 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
             config = ReductionConfig.model_validate(self.config.model_dump() | changes)
         except ValidationError as error:
             raise explain_validation(error) from None
+        self._check_second_look(config)
         rules = [config.keep_rule(group, self.adapter.needs_patch) for group in range(len(self.reducers))]
         for reducer, rule in zip(self.reducers, rules, strict=True):
             reducer.rule, reducer.on_drop, reducer.merging = rule, config.on_drop, config.merging
         self.config = config
+
+    def _check_second_look(self, config: ReductionConfig) -> None:
+        if config.second_look and self.num_classes < 2:
+            raise ConfigError(f"second_look: got {config.second_look:g}, but this model has no classes to be unsure between; leave it at 0")
 
     # ---- taking apart, saving, loading ------------------------------------------------------------------
 
@@ -176,8 +253,8 @@ def reduce(
         groups: how many equal groups, or the first block of each group.
         interpreter: how patches are scored.
         on_drop: "discard" dropped tokens as in the paper, "merge" them into kept ones, or "fuse" them into one summary token.
-        settings: `place`, `worth`, `keep_length`, `similarity`, `weights`, `rule`, `thresholds`, `ratios`, `skip_unread` of
-            `ReductionConfig`.
+        settings: `place`, `worth`, `keep_length`, `similarity`, `weights`, `rule`, `thresholds`, `ratios`, `skip_unread`,
+            `second_look` of `ReductionConfig`.
 
     Raises:
         UnsupportedBackboneError: no adapter fits the backbone.
@@ -200,6 +277,12 @@ def reduce(
                 raise ConfigError(f"interpreter: block {block} has no plain attention to start from; use start='small'")
             reducer.interpreter.start_from(attention)
     return model
+
+
+def margin(logits: Float[Tensor, "B classes"]) -> Float[Tensor, " B"]:
+    """How far apart the two likeliest classes lie, in probability: 0 where they are level, 1 where there is no doubt."""
+    first_B, second_B = logits.float().softmax(-1).topk(2, dim=-1).values.unbind(-1)
+    return first_B - second_B
 
 
 def _fingerprint(module: nn.Module) -> str:

@@ -35,6 +35,13 @@ class ReductionConfig(Settings):
         False, description="where the head reads prefix tokens alone, the last block computes no others: the same answer for less"
     )
 
+    second_look: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="pictures whose two likeliest classes lie less than this apart, in probability, are passed again with nothing dropped",
+    )
+
     @model_validator(mode="after")
     def _one_value_per_group(self) -> "ReductionConfig":
         count = len(self.first_blocks)

@@ -24,6 +24,7 @@ class Trace:
         first_blocks: the block before which each group reduces.
         macs: multiply-adds per image, reduction included.
         dense_macs: multiply-adds per image of the untouched backbone.
+        again: per image, whether it was passed a second time with nothing dropped (`second_look`); then `macs` counts both passes.
     """
 
     score_GBN: Float[Tensor, "G B N"]
@@ -33,6 +34,7 @@ class Trace:
     first_blocks: tuple[int, ...]
     macs: tuple[int, ...]
     dense_macs: int
+    again: tuple[bool, ...]
 
     @property
     def groups(self) -> int:
@@ -68,19 +70,20 @@ class Trace:
     def image(self, index: int) -> "Trace":
         """The trace of one image."""
         one = index % len(self.macs)
-        return self._with(lambda tensor: tensor[:, one : one + 1], (self.macs[one],))
+        return self._with(lambda tensor: tensor[:, one : one + 1], (self.macs[one],), (self.again[one],))
 
     def cpu(self) -> "Trace":
         """The same on the host, detached."""
-        return self._with(lambda tensor: tensor.detach().cpu(), self.macs)
+        return self._with(lambda tensor: tensor.detach().cpu(), self.macs, self.again)
 
-    def _with(self, change: Callable[[Tensor], Tensor], macs: tuple[int, ...]) -> "Trace":
+    def _with(self, change: Callable[[Tensor], Tensor], macs: tuple[int, ...], again: tuple[bool, ...]) -> "Trace":
         return replace(
             self,
             score_GBN=change(self.score_GBN),
             keep_GBN=change(self.keep_GBN),
             carrier_GBN=change(self.carrier_GBN),
             macs=macs,
+            again=again,
         )
 
 
@@ -92,4 +95,5 @@ def concatenate(traces: Sequence[Trace]) -> Trace:
         keep_GBN=torch.cat([trace.keep_GBN for trace in traces], dim=1),
         carrier_GBN=torch.cat([trace.carrier_GBN for trace in traces], dim=1),
         macs=tuple(macs for trace in traces for macs in trace.macs),
+        again=tuple(again for trace in traces for again in trace.again),
     )

@@ -75,6 +75,16 @@ class Walker(nn.Module):
         tokens = self.adapter.feed(last, self.adapter.attend_prefix(last, state.tokens))
         return replace(state, tokens=tokens, key_THK=None, class_TH=None, block=last + 1)
 
+    def finish_dense(self, state: State) -> PackedTokens:
+        """Runs the blocks that are left with nothing dropped, and asks no reducer; as `finish`, up to what the head will read."""
+        tokens, last = state.tokens, self.adapter.depth - 1
+        for block in range(state.block, self.adapter.depth):
+            if (block, state.half) != (state.block, True):
+                alone = block == last and self.skips_unread
+                tokens = self.adapter.attend_prefix(block, tokens) if alone else self.adapter.attend(block, tokens).tokens
+            tokens = self.adapter.feed(block, tokens)
+        return tokens
+
     @property
     def skips_unread(self) -> bool:
         """Whether the last block computes prefix tokens alone; not if patches are scored between its halves."""

@@ -25,7 +25,7 @@ from iared2.errors import ConfigError, DataError
 from iared2.evaluate.judge import finite
 from iared2.evaluate.machine import synchronise
 from iared2.keep import Threshold
-from iared2.model import ReducedTransformer
+from iared2.model import ReducedTransformer, margin
 
 logger = logging.getLogger("iared2.evaluate")
 
@@ -50,6 +50,7 @@ class Expectation:
         pictures: how many there were.
         milliseconds: time per image, where a time was asked for.
         cosine: whether there is no classifier, so that agreement is a cosine.
+        again: pictures that were looked at again, in percent.
     """
 
     thresholds: tuple[float, ...]
@@ -61,6 +62,7 @@ class Expectation:
     pictures: int
     milliseconds: float | None = None
     cosine: bool = False
+    again: float = 0.0
 
     def line(self) -> str:
         """One line for people."""
@@ -69,9 +71,10 @@ class Expectation:
         near = f"agreement with dense {self.agreement:.1f} %, KL {self.kl:.4f}"
         if self.cosine:
             near = f"cosine to dense {self.agreement / 100:.4f}"
+        twice = f"; {self.again:.1f} % looked at again" if self.again else ""
         return (
             f"{self.share:.3f} of the dense multiply-adds{spent}; {near} "
-            f"(on {self.pictures} pictures); patches left after each group {kept}; thresholds 0.01 higher: {self.slope:+.4f}x"
+            f"(on {self.pictures} pictures); patches left after each group {kept}{twice}; thresholds 0.01 higher: {self.slope:+.4f}x"
         )
 
 
@@ -81,18 +84,28 @@ class Calibrator:
     Args:
         batches: images (B, 3, height, width), all of one size; a few hundred pictures in all.
         dense: the dense model's answers to them, where they are known (and the backbone may have been trained since).
+        second_look: the share of pictures, from 0 to below 1, that is to be looked at again: those of the smallest margins. Its cost
+            belongs to every budget. 0 also switches a second look off that the model came with.
 
     Raises:
         DataError: there are no pictures.
-        ConfigError: the model's answers are not finite.
+        ConfigError: the model's answers are not finite, or a second look is asked of a model without classes.
     """
 
     @torch.inference_mode()
     def __init__(
-        self, model: ReducedTransformer, batches: Sequence[Float[Tensor, "B 3 height width"]], dense: Sequence[Tensor] | None = None
+        self,
+        model: ReducedTransformer,
+        batches: Sequence[Float[Tensor, "B 3 height width"]],
+        dense: Sequence[Tensor] | None = None,
+        second_look: float = 0.0,
     ) -> None:
         if not batches:
             raise DataError("calibration: there are no pictures to calibrate on")
+        if not 0 <= second_look < 1:
+            raise ConfigError(f"second look: got {second_look:g}, wanted a share of the pictures, from 0 to below 1, as 0.1")
+        if second_look and model.num_classes < 2:
+            raise ConfigError(f"second look: got {second_look:g}, but this model has no classes to be unsure between; leave it at 0")
         if model.config.rule != "threshold":
             raise ConfigError(
                 f"calibration: this model keeps patches by {model.config.rule!r}, which has no thresholds to choose; "
@@ -103,6 +116,9 @@ class Calibrator:
         self.size = (self.batches[0].shape[-2], self.batches[0].shape[-1])
         self.pictures = sum(len(images) for images in self.batches)
         self.dense_macs = cost.dense_macs(model.adapter, *self.size)
+        self.second_look = second_look
+        if model.config.second_look:
+            model.configure(second_look=0.0)
 
     @staticmethod
     def _known(chance_P: Tensor) -> Tensor:
@@ -135,12 +151,18 @@ class Calibrator:
                 with suppress(ConfigError):
                     yield self._to_share(family, part * share)
 
+    @property
+    def second_share(self) -> float:
+        """What second looks cost on average, as a share of the dense model."""
+        rows, columns = self.model.adapter.grid(*self.size)
+        return self.second_look * self.model.second_look_macs(self.size, rows * columns) / self.dense_macs
+
     def share_of(self, ratios: Sequence[float]) -> float:
-        """What images that keep exactly these shares of their patches would cost, as a share of the dense model."""
+        """What images that keep exactly these shares of their patches would cost on average, as a share of the dense model."""
         rows, columns = self.model.adapter.grid(*self.size)
         places, least = rows * columns, int(self.model.adapter.needs_patch)
         lengths = [max(least, round(ratio * places)) for ratio in ratios]
-        return self.model.macs(self.size, places, lengths) / self.dense_macs
+        return self.model.macs(self.size, places, lengths) / self.dense_macs + self.second_share
 
     @torch.inference_mode()
     def thresholds_for(self, ratios: Sequence[float]) -> tuple[float, ...]:
@@ -161,9 +183,15 @@ class Calibrator:
         return tuple(found)
 
     @torch.inference_mode()
+    def choose_margin(self) -> None:
+        """Sets the margin below which the wanted share of these pictures is looked at again, with the model's present thresholds."""
+        if self.second_look:
+            self.model.configure(second_look=margin_for(self.model, self.batches, self.second_look))
+
+    @torch.inference_mode()
     def measure(self) -> Expectation:
         """What the model's present thresholds do."""
-        agree = divergence = share = 0.0
+        agree = divergence = share = again = 0.0
         kept = torch.zeros(len(self.model.reducers))
         for images, dense in zip(self.batches, self.dense, strict=True):
             logits, trace = self.model.trace(images)
@@ -174,12 +202,14 @@ class Calibrator:
             else:
                 agree += F.cosine_similarity(logits, dense, dim=1).sum().item()
             share += trace.share_of_dense() * len(images)
+            again += sum(trace.again)
             kept += trace.keep_ratio.sum(0).cpu()
         count, thresholds = self.pictures, self.model.threshold
         each = thresholds if isinstance(thresholds, tuple) else (thresholds,) * len(self.model.reducers)
         ratios = tuple((kept / count).tolist())
         cosine = not self.model.num_classes
-        return Expectation(each, ratios, share / count, 100 * agree / count, divergence / count, 0.0, count, cosine=cosine)
+        near = (100 * agree / count, divergence / count)
+        return Expectation(each, ratios, share / count, *near, 0.0, count, cosine=cosine, again=100 * again / count)
 
     def to_share(self, share: float) -> Expectation:
         """Thresholds at which pictures cost `share` of the dense multiply-adds on average.
@@ -205,7 +235,7 @@ class Calibrator:
             power = low[0] + min(0.9, max(0.1, part)) * (high[0] - low[0])
             tried.append(expected := self.at(family, power))
         best = min(tried, key=lambda one: abs(one.share - share))
-        self.model.threshold = best.thresholds
+        self._use(best)
         if abs(best.share - share) > FAR:
             logger.warning("asked for %.3f of the dense multiply-adds, found no thresholds nearer than %.3f", share, best.share)
         return best
@@ -258,7 +288,7 @@ class Calibrator:
             tried.append(self._timed(family, middle))
             low, high = (middle, high) if tried[-1][1] > wanted else (low, middle)
         best = min(tried, key=lambda one: abs(one[1] - wanted))[0]
-        self.model.threshold = best.thresholds
+        self._use(best)
         milliseconds = self._time()  # once more: the nearest of several noisy times is nearer than it is
         if abs(milliseconds - wanted) > FAR_IN_TIME * wanted:
             logger.warning("asked for %.2f ms per image, found no thresholds nearer than %.2f ms", wanted, milliseconds)
@@ -290,8 +320,14 @@ class Calibrator:
         self.model.threshold = tuple(each)
 
     def at(self, family: Sequence[float], power: float) -> Expectation:
+        """A schedule on these pictures, and the margin that goes with it."""
         self.thresholds_for(powered(family, power))
+        self.choose_margin()
         return self.measure()
+
+    def _use(self, tried: Expectation) -> None:
+        self.model.threshold = tried.thresholds
+        self.choose_margin()
 
     def _timed(self, family: Sequence[float], power: float) -> tuple[Expectation, float]:
         return self.at(family, power), self._time()
@@ -315,6 +351,16 @@ class Calibrator:
         slope = self.measure().share - expected.share
         self.model.threshold = expected.thresholds
         return replace(expected, slope=slope)
+
+
+@torch.inference_mode()
+def margin_for(model: ReducedTransformer, batches: Sequence[Float[Tensor, "B 3 height width"]], share: float) -> float:
+    """The margin that this share of the pictures falls below after one pass, those of which the model is least sure."""
+    ranked = torch.cat([margin(model.logits(images)) for images in batches]).double().sort().values
+    again = round(share * len(ranked))
+    if not 0 < again < len(ranked):
+        return float(again > 0)
+    return float((ranked[again - 1] + ranked[again]) / 2)
 
 
 def _boundary(chance_P: Float[Tensor, " P"], keep: int) -> float:

@@ -21,16 +21,22 @@ from iared2.saving import load_reduced, save_reduced
 
 @dataclass(frozen=True)
 class Wish:
-    """What thresholds are wanted for: a budget, or the percentage of pictures that may get another class. Exactly one of them."""
+    """What thresholds are wanted for: a budget, or the percentage of pictures that may get another class. Exactly one of them.
+
+    With either, the share of pictures that may be looked at again.
+    """
 
     budget: str | None = None
     disagreement: float | None = None
+    second_look: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.disagreement is None):
             raise ConfigError("calibrate: wanted one of --target-macs 0.65x and --disagreement 1.5; give one of the two")
         if self.disagreement is not None and not 0 <= self.disagreement < 100:
             raise ConfigError(f"--disagreement: got {self.disagreement:g}, wanted a percentage from 0 to 100")
+        if not 0 <= self.second_look < 1:
+            raise ConfigError(f"--second-look: got {self.second_look:g}, wanted a share of the pictures, from 0 to below 1, as 0.1")
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def run_calibration(model: str, data: Path, output: Path, wish: Wish, options: C
     pictures = pictures.subset(options.limit, options.seed)
     batches = make_batches(pictures, eval_preprocess(reduced), options.batch_size, options.seed, train=False, workers=options.workers)
     with precision(place, options.dtype), torch.no_grad():
-        calibrator = Calibrator(reduced, [batch["images"].to(place) for batch in batches.epoch(0)])
+        calibrator = Calibrator(reduced, [batch["images"].to(place) for batch in batches.epoch(0)], second_look=wish.second_look)
         expected = calibrator.meet(budget) if budget is not None else calibrator.to_disagreement(wish.disagreement or 0.0)
     save_reduced(reduced, output)
     calibrator.warn_of_few()

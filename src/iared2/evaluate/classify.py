@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -31,7 +31,6 @@ from iared2.model import ReducedTransformer
 from iared2.runtime import pick_device, precision
 from iared2.saving import load_reduced
 from iared2.trace import Trace
-from iared2.walk import State
 
 logger = logging.getLogger("iared2.evaluate")
 
@@ -79,12 +78,6 @@ class Clock:
         return results
 
 
-def _reduced_pass(model: ReducedTransformer, images: Float[Tensor, "B C height width"]) -> tuple[Tensor, State]:
-    """What `forward` does, with the state kept for the trace."""
-    state = model.finish(model.start(images))
-    return model.adapter.head(state.tokens), state
-
-
 @torch.inference_mode()
 def evaluate(model: ReducedTransformer, batches: EvalBatches, sources: Sequence[str] | None = None, progress: bool = False) -> EvalReport:
     """Measures a reduced model beside its dense backbone, on the model's own device; autocast around it decides the precision.
@@ -118,12 +111,12 @@ def outcomes(model: ReducedTransformer, batches: EvalBatches, clock: Clock, prog
         check_labels(batch["labels"], model.num_classes, "data")
         images = batch["images"].to(parameter.device, parameter.dtype)
         size = (images.shape[-2], images.shape[-1])
-        found = clock.run({"dense": partial(model.backbone, images), "reduced": partial(_reduced_pass, model, images)})
-        logits, state = found["reduced"]
-        for whose, answers in (("the dense model", found["dense"]), ("the reduced model", logits)):
+        found = clock.run({"dense": partial(model.backbone, images), "reduced": partial(model.answer, images)})
+        answer = found["reduced"]
+        for whose, answers in (("the dense model", found["dense"]), ("the reduced model", answer.logits)):
             finite(answers, whose)
-        trace = model.make_trace(state.reductions, size).cpu()
-        yield Measured(_outcome(model, batch["labels"], (found["dense"], logits), trace, size), batch["indices"], size)
+        trace = model.make_trace(answer.state.reductions, size, answer.again_B).cpu()
+        yield Measured(_outcome(model, batch["labels"], (found["dense"], answer.logits), trace, size), batch["indices"], size)
     model.train(training)
 
 
@@ -158,12 +151,12 @@ def _by_source(sources: Sequence[str] | None, indices: Int[Tensor, " B"]) -> dic
 def _outcome(
     model: ReducedTransformer, labels: Int[Tensor, " B"], logits: tuple[Tensor, Tensor], trace: Trace, size: tuple[int, int]
 ) -> Outcome:
-    kept_BG = trace.keep_GBN.sum(-1).T.tolist()
+    pairs = list(zip(trace.keep_GBN.sum(-1).T.tolist(), trace.again, strict=True))
     patches = math.prod(trace.grid)
 
     @cache
-    def linear(kept: tuple[int, ...]) -> int:
-        return model.macs(size, patches, kept, products=False)
+    def linear(kept: tuple[int, ...], again: bool) -> int:
+        return model.macs(size, patches, kept, products=False, again=again)
 
     dense_linear = cost.dense_macs(model.adapter, *size, products=False)
     return Outcome(
@@ -172,7 +165,8 @@ def _outcome(
         reduced=logits[1].float().cpu(),
         keep_ratio=trace.keep_ratio,
         share=torch.tensor([macs / trace.dense_macs for macs in trace.macs], dtype=torch.float64),
-        linear_share=torch.tensor([linear(tuple(kept)) / dense_linear for kept in kept_BG], dtype=torch.float64),
+        linear_share=torch.tensor([linear(tuple(kept), again) / dense_linear for kept, again in pairs], dtype=torch.float64),
+        again=torch.tensor(trace.again, dtype=torch.float64),
     )
 
 
@@ -203,6 +197,7 @@ def _report(model: ReducedTransformer, tallies: dict[str, Tally], clock: Clock, 
         macs_linear=round(tally.mean("linear_share") * linear),
         keep_ratio=tally.keep_ratio(),
         images_per_second=tally.count / clock.seconds["reduced"],
+        looked_again=100 * tally.mean("again"),
     )
     parts = [_source_row(name.removeprefix("source "), part) for name, part in sorted(tallies.items()) if name != "all"]
     return EvalReport(images=tally.count, rows=(dense, reduced), comparison=_source_row("all", tally), sources=tuple(parts))

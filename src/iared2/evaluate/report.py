@@ -22,6 +22,7 @@ class Row(Settings):
         macs_linear: multiply-adds without the two N^2 products of attention, as the paper's table counts DeiT-B.
         keep_ratio: kept patches / all patches, one per group.
         images_per_second: forward passes alone, without reading and preparing pictures.
+        looked_again: images that were passed a second time, in percent.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Row(Settings):
     macs_linear: int
     keep_ratio: tuple[float, ...]
     images_per_second: float
+    looked_again: float = 0.0
 
 
 class SourceRow(Settings):
@@ -103,9 +105,11 @@ class EvalReport(Settings):
 
     def _sentence(self) -> str:
         pair, speed = self.comparison, self.reduced.images_per_second / self.dense.images_per_second
+        again = self.reduced.looked_again
+        twice = f"; {again:.1f} % of the images were looked at again" if again else ""
         return (
             f"{self.images} images. Top-1 of reduced minus dense: {pair.difference:+.2f} ± {pair.standard_error:.2f} points "
-            f"(paired standard error); speed {speed:.2f} times dense, forward passes only."
+            f"(paired standard error); speed {speed:.2f} times dense, forward passes only{twice}."
         )
 
 

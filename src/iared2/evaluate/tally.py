@@ -20,6 +20,7 @@ class Outcome:
         keep_ratio: per image and group.
         share: multiply-adds of each image as a share of the dense backbone's.
         linear_share: the same without the two N^2 products.
+        again: 1 for each image that was passed a second time, else 0.
     """
 
     labels: Int[Tensor, " B"]
@@ -28,6 +29,7 @@ class Outcome:
     keep_ratio: Float[Tensor, "B G"]
     share: Float[Tensor, " B"]
     linear_share: Float[Tensor, " B"]
+    again: Float[Tensor, " B"]
 
     def rows(self, chosen: Int[Tensor, " b"]) -> "Outcome":
         """The images at `chosen`."""
@@ -41,7 +43,7 @@ class Tally:
         accuracy = partial(MulticlassAccuracy, num_classes=classes, average="micro")
         self.accuracy: dict[str, Metric] = {name: accuracy() for name in ("dense_top1", "reduced_top1", "agreement")}
         self.accuracy |= {name: accuracy(top_k=min(5, classes)) for name in ("dense_top5", "reduced_top5")}
-        self.means: dict[str, Metric] = {name: MeanMetric().set_dtype(torch.float64) for name in ("kl", "share", "linear_share")}
+        self.means: dict[str, Metric] = {name: MeanMetric().set_dtype(torch.float64) for name in ("kl", "share", "linear_share", "again")}
         self.keep: list[Metric] = [MeanMetric().set_dtype(torch.float64) for _ in range(groups)]
         self.sums: dict[str, Metric] = {name: SumMetric().set_dtype(torch.float64) for name in ("images", "gained", "lost")}
 
@@ -56,6 +58,7 @@ class Tally:
         self.means["kl"].update(divergence.sum(1))
         self.means["share"].update(batch.share)
         self.means["linear_share"].update(batch.linear_share)
+        self.means["again"].update(batch.again)
         self.sums["images"].update(len(batch.labels))
         self.sums["gained"].update(((reduced == batch.labels) & (dense != batch.labels)).sum())
         self.sums["lost"].update(((reduced != batch.labels) & (dense == batch.labels)).sum())
@@ -67,7 +70,7 @@ class Tally:
         return round(100 * float(self.accuracy[name].compute()), 4)
 
     def mean(self, name: str) -> float:
-        """The mean of `kl`, `share` or `linear_share` over images."""
+        """The mean of `kl`, `share`, `linear_share` or `again` over images."""
         return float(self.means[name].compute())
 
     def keep_ratio(self) -> tuple[float, ...]:

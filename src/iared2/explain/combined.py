@@ -67,7 +67,7 @@ def gradient_map(
         passed = dense_pass(model, images)
         evidence_BN = generic_attribution(passed, target_B, model.num_classes).flatten(1)
     with torch.no_grad():
-        _, trace = model.trace(images)
+        _, trace = model.trace(images, second_look=False)
         value_BN = relative_scores(trace) * relative(evidence_BN.clamp(min=0)).sqrt()
         third, prefix = model.adapter.depth // 3, passed.layout.prefix
         early = passed.attention_BHSS[: max(1, third)]

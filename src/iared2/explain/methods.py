@@ -265,7 +265,7 @@ def _ours(model: ReducedTransformer, detail: str, seed: int) -> Run:
         if group is None:
             return combined_map(model, images)
         with torch.no_grad():
-            _, trace = model.trace(images)
+            _, trace = model.trace(images, second_look=False)
         return to_map(scores_on_grid(trace)[group], trace.grid), trace.share_of_dense()
 
     return Counted(read)

@@ -34,7 +34,7 @@ class Explanation:
         predictions: the likeliest classes, best first; empty for a model without a classifier.
         trace: scores, kept places and cost of this image, on the host.
         head_GHN: each head's score, whose mean over heads is the trace's score; None where a reducer has no interpreter.
-        macs_G: multiply-adds from the pixels to the end of each group; the last also has the head, so it is the trace's.
+        macs_G: multiply-adds from the pixels to the end of each group; the last also has the head and a second look, so it is the trace's.
     """
 
     predictions: tuple[Prediction, ...]
@@ -62,7 +62,7 @@ def interpreter_maps(
     """
     del target
     with torch.inference_mode():
-        _, trace = model.trace(images)
+        _, trace = model.trace(images, second_look=False)
     return torch.stack([trace.heatmap(group) for group in range(trace.groups)], dim=1)
 
 
@@ -98,19 +98,21 @@ def trace_with_heads(
     The walk pauses in front of each reducer and asks its interpreter once more, about the very tokens that the reducer gets. So
     nothing has to be recorded, and passes that nobody explains pay nothing.
     """
-    state, found = model.start(images), []
+    ahead = state = model.walk_to(model.start(images), 0, reduce=())
+    found = []
     for group, reducer in enumerate(model.reducers):
         state = model.walk_to(state, group, reduce=range(group))
         if isinstance(reducer, InterpreterReducer):
             head_TH = reducer.interpreter.logits(state.tokens, state.class_TH).sigmoid()
             found.append(scatter_places(head_TH, state.tokens.layout).transpose(1, 2))
     state = model.finish(state)
-    trace = model.make_trace(state.reductions, (images.shape[-2], images.shape[-1]))
-    return model.adapter.head(state.tokens), trace, torch.stack(found) if len(found) == trace.groups else None
+    answer = model.conclude(ahead, state)
+    trace = model.make_trace(state.reductions, (images.shape[-2], images.shape[-1]), answer.again_B)
+    return answer.logits, trace, torch.stack(found) if len(found) == trace.groups else None
 
 
 def macs_by_group(model: ReducedTransformer, trace: Trace, size: tuple[int, int]) -> tuple[int, ...]:
-    """Multiply-adds from the pixels to the end of each group's last block; with the last group's comes the head.
+    """Multiply-adds from the pixels to the end of each group's last block; with the last group's come the head and a second look.
 
     Args:
         trace: of one image.
@@ -118,7 +120,8 @@ def macs_by_group(model: ReducedTransformer, trace: Trace, size: tuple[int, int]
     """
     kept = trace.keep_GBN[:, 0].sum(-1).tolist()
     ends = (*trace.first_blocks[1:], None)
-    return tuple(model.macs(size, trace.keep_GBN.shape[-1], kept, until=end) for end in ends)
+    again = trace.again[0]
+    return tuple(model.macs(size, trace.keep_GBN.shape[-1], kept, until=end, again=again and end is None) for end in ends)
 
 
 def _best(logits: Float[Tensor, " classes"], names: Sequence[str] | None, top: int) -> tuple[Prediction, ...]:

@@ -14,6 +14,8 @@ from iared2.explain import Explanation, Speed
 SCHEMA = 1
 SQUEEZED = "the whole photo is squeezed to the input size; nothing is cropped, and proportions change"
 
+AGAIN = "unsure after one pass: the answer is that of a second one, with nothing dropped; the maps are the first's"
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -105,13 +107,15 @@ class PhotoRecord:
             "macs": trace.macs[0],
             "dense_macs": trace.dense_macs,
             "macs_share": round(self.macs_share, 6),
+            "looked_again": trace.again[0],
             "milliseconds": speed,
         }
 
 
 def picture_record(picture: Picture, name: str, explanation: Explanation, speed: Speed | None, written: tuple[dict, dict]) -> PhotoRecord:
     """The record of a photo, of which `written` = (paths of files, what the page holds). Scores per head are in a file: they are let go."""
-    return PhotoRecord(name, show(picture.path), picture.size, picture.notes, replace(explanation, head_GHN=None), speed, *written)
+    notes = (*picture.notes, AGAIN) if explanation.trace.again[0] else picture.notes
+    return PhotoRecord(name, show(picture.path), picture.size, notes, replace(explanation, head_GHN=None), speed, *written)
 
 
 def mean_speed(speeds: Sequence[Speed]) -> Speed | None:

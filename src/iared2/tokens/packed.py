@@ -214,6 +214,26 @@ def join(packs: Sequence[PackedTokens]) -> PackedTokens:
     return PackedTokens(torch.cat([pack.x_TD for pack in packs]), joined, mass_T, merged_BN)
 
 
+def pick_images(tokens: PackedTokens, index_I: Int[Tensor, " I"]) -> PackedTokens:
+    """The images at `index_I`, which ascend, as a pack of their own."""
+    layout = tokens.layout
+    picked_B = torch.zeros_like(layout.length_B, dtype=torch.bool).index_fill(0, index_I, True)
+    row_S = picked_B[layout.image_T].nonzero().squeeze(1)
+    number_B = picked_B.cumsum(0) - 1
+    alone = Layout(
+        cu_B1=torch.nn.functional.pad(layout.length_B[index_I].cumsum(0, dtype=torch.int32), (1, 0)),
+        image_T=number_B[layout.image_T[row_S]],
+        origin_T=layout.origin_T[row_S],
+        prefix=layout.prefix,
+        grid=layout.grid,
+        longest=layout.longest,
+        uniform=layout.uniform,
+    )
+    mass_S = None if tokens.mass_T is None else tokens.mass_T[row_S]
+    merged_IN = None if tokens.merged_BN is None else tokens.merged_BN[index_I]
+    return PackedTokens(tokens.x_TD[row_S], alone, mass_S, merged_IN)
+
+
 def select(keep_T: Bool[Tensor, " T"], layout: Layout) -> Selection:
     """The rows where `keep_T` holds; one synchronisation on devices that run asynchronously."""
     index_S = keep_T.nonzero().squeeze(1)

@@ -77,13 +77,14 @@ def train_together(
     budget = parse_budget(settings.target)
     held = _images(feeds.held_out or feeds.train, accelerator.device)
     with torch.no_grad(), accelerator.autocast():
-        calibrator = Calibrator(model, held)  # before anything is trained: it refuses answers that are not finite
+        # Before anything is trained: it refuses answers that are not finite.
+        calibrator = Calibrator(model, held, second_look=settings.second_look)
         share = _share_for_training(budget, calibrator)
         # Interpreters that exist have thresholds, and what they leave may be far from the plain curve.
         family = calibrator.plain_curve() if settings.start is None else calibrator.family()
         ratios = powered(family, solve_power(calibrator.share_of, family, share))
     logger.info("aiming at %.3f of the dense multiply-adds; patches left meanwhile %s", share, ", ".join(f"{r:.2f}" for r in ratios))
-    stages = _stages(settings, model, feeds, share, ratios)
+    stages = _stages(settings, model, feeds, share - calibrator.second_share, ratios)  # walks are first passes
     before = [value.detach().clone() for value in backbone.parameters()] if settings.block_epochs and settings.block_share < 1 else []
     Trainer(model, run, accelerator).fit(stages)
     if before:
@@ -92,12 +93,13 @@ def train_together(
         del model.reducers.price
     model.requires_grad_(True).eval()
     with torch.no_grad(), accelerator.autocast():
-        calibrator = Calibrator(model, held, dense=calibrator.dense)
+        calibrator = Calibrator(model, held, dense=calibrator.dense, second_look=settings.second_look)
         calibrator.warn_of_few()
         calibrator.thresholds_for(ratios)
         around = tuple(calibrator.around(share, AROUND))
         met = calibrator.meet(budget, nearest=True)  # a training is not thrown away because a time came out otherwise
         calibrator.settle()
+        calibrator.choose_margin()
         expected = replace(calibrator.with_slope(calibrator.measure()), milliseconds=met.milliseconds)
     return Outcome(model, expected, around)
 

@@ -45,6 +45,9 @@ class TogetherSettings(Settings):
         "score", description="parts of a merged token count by their patches, by those times their scores, or not at all"
     )
     skip_unread: bool = Field(True, description="where the head reads prefix tokens alone, the last block computes no others; exact")
+    second_look: float = Field(
+        0.0, ge=0, lt=1, description="share of pictures to pass again with nothing dropped, those of the smallest margins; the budget pays"
+    )
     against: float = Field(0.3, ge=0, description="how much evidence against the predicted class counts")
     blur: float = Field(
         0.0, ge=0, le=100, description="blur of the evidence to imitate: standard deviation in patches; what is left gathers"
