@@ -131,12 +131,6 @@ def at_budget(folder: str, budget: float, options: argparse.Namespace, backbone,
     return model, expected
 
 
-def twice(model, share: float, held):
-    """A peer that passes its least sure pictures again, as `second_look` does; reducers of others do not bear being configured."""
-    model.config = model.config.model_copy(update={"second_look": margin_for(model, held, share)})
-    return model
-
-
 def nothing_dropped(folder: Path, images):
     """Answers of a saved model's own, fine-tuned backbone: what fine-tuning alone does."""
     return answers(iared2.load_reduced(folder).backbone.eval(), images)
@@ -288,7 +282,9 @@ def fill(table: Table, options: argparse.Namespace, backbone, held) -> None:
             table.add(table.row("dense, in bfloat16", answers(backbone, table.images)))
     again = ", second look" if options.second_look else ""
     for name, model in peers(backbone) if options.peers else ():
-        table.add(table.measured(name + again, twice(model, options.second_look, held) if again else model))
+        if again:  # as ours
+            model.configure(second_look=margin_for(model, held, options.second_look))
+        table.add(table.measured(name + again, model))
     own = [Path(folder) for folder in options.models if (Path(folder) / "backbone.safetensors").is_file()]
     if own and len(own) == len(options.models):
         alone = [nothing_dropped(folder, table.images) for folder in own]

@@ -114,6 +114,13 @@ def test_explain_and_eval_give_what_one_machine_gives(cluster, model: Path, phot
     assert len(kept) == 3 + 2
     assert command("explain", "-p", photos, "-o", tmp_path / "ray", "-m", model, "--batch-size", 2, "--ray") == 1
     assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("shard-*.pt")}
+    again = iared2.load_reduced(model)  # the same weights in the same place, answering otherwise
+    again.configure(second_look=1)
+    again.save_pretrained(model)
+    assert command("explain", "-p", photos, "-o", tmp_path / "ray", "-m", model, "--batch-size", 2, "--ray") == 1
+    anew = json.loads((tmp_path / "ray" / "manifest.json").read_text())
+    assert anew["model"]["second_look"] == 1 and all(photo["looked_again"] for photo in anew["photos"])
+    assert all(now["macs"] > before["macs"] for now, before in zip(anew["photos"], shared["photos"], strict=True))
 
 
 @pytest.mark.parametrize("missing", ["ray", "ray.data"])

@@ -139,7 +139,7 @@ def test_pixels_to_ignore_and_half_patches():
     from iared2.evaluate.kept import kept_on_objects
 
     keep = torch.tensor([[[True, False, True, False]]])
-    trace = Trace(torch.zeros(1, 1, 4), keep, torch.zeros(1, 1, 4, dtype=torch.int64), (2, 2), (0,), (1,), 1, (False,))
+    trace = Trace(torch.zeros(1, 1, 4), keep, torch.zeros(1, 1, 4, dtype=torch.int64), (2, 2), (0,), (1,), 1)
     mask, ignore = torch.zeros(1, 8, 8, dtype=torch.bool), torch.zeros(1, 8, 8, dtype=torch.bool)
     mask[0, :, :2] = True  # half of the patches on the left, places 0 and 2
     ignore[0, :4, :2] = True  # of place 0, what is on the object
@@ -157,7 +157,7 @@ def test_merged_patches_count_by_their_own_place():
     carrier = torch.zeros(1, 1, 4, dtype=torch.int64)  # place 0 carries all
     mask = torch.zeros(1, 2, 2, dtype=torch.bool)
     mask[0, 0, 0] = True
-    trace = Trace(torch.zeros(1, 1, 4), keep, carrier, (2, 2), (0,), (1,), 1, (False,))
+    trace = Trace(torch.zeros(1, 1, 4), keep, carrier, (2, 2), (0,), (1,), 1)
     _, parts = kept_on_objects(trace, mask, torch.zeros_like(mask))
     assert parts["kept"].tolist() == [[0.25]] and parts["inside"].tolist() == [[1]] and parts["of_rest"].tolist() == [[0]]
 

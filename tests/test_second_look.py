@@ -1,11 +1,13 @@
 """A second look: pictures that one pass leaves open are passed again with nothing dropped, counted, and calibrated for."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -16,14 +18,24 @@ import iared2
 import packs
 from families import CLASSES, FAMILIES
 from iared2.cli import main
+from iared2.cost import dense_macs
+from iared2.data.arrays import ArrayBatches, ImageArrays, Preprocess
 from iared2.errors import ConfigError
 from iared2.evaluate.calibrate import Calibrator, margin_for
+from iared2.evaluate.classify import evaluate
 from iared2.explain import explain
+from iared2.explain.methods import find_explainer
 from iared2.export import export_onnx
 from iared2.interpreter import InterpreterConfig
+from iared2.keep import TopK
 from iared2.model import ReducedTransformer, margin, reduce
+from iared2.reducers.baselines import AttentionReducer, with_reducers
 from iared2.tokens.packed import join, merge, pick_images, select, split
 from iared2.trace import concatenate
+from iared2.train import budget
+from iared2.train.feeds import Feeds
+from iared2.train.together_settings import TogetherSettings
+from iared2.train.trainer import RunSettings
 from iared2.worth import WorthConfig
 
 LATEST: dict[str, Any] = {
@@ -46,6 +58,13 @@ def lively(name: str = "deit", groups: Any = (1, 2), **settings: Any) -> Reduced
             for value in reducer.interpreter.parameters():
                 value.normal_(0, 0.5)
     return model
+
+
+def noise(count: int) -> ArrayBatches:
+    """Batches of four noise pictures."""
+    pixels = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    arrays = ImageArrays(pixels, torch.arange(count) % CLASSES)
+    return ArrayBatches(arrays, Preprocess((32, 32), (0.5,) * 3, (0.5,) * 3), 4, train=False)
 
 
 def halved(model: ReducedTransformer, images: torch.Tensor) -> torch.Tensor:
@@ -98,9 +117,14 @@ def test_with_the_latest_settings_and_an_answer_that_knows_no_neighbours():
         assert trace.again == (bool(again_B[index]),)
 
 
-def test_none_and_all():
+@pytest.mark.parametrize("factor", [1, 1000])
+def test_none_and_all(factor):
+    """However sure the answers are: the margin of some is 1 to the last digit then."""
     model, images = lively(), FAMILIES["deit"].images(5).double()
+    with torch.no_grad():
+        model.backbone.head.weight.mul_(factor)
     once, dense = model(images), model.backbone(images)
+    assert (margin(once) == 1).any() == (factor == 1000)
     assert model.trace(images)[1].again == (False,) * 5  # the default: 0
     model.configure(second_look=1)
     torch.testing.assert_close(model(images), dense)
@@ -109,6 +133,21 @@ def test_none_and_all():
     assert torch.equal(found, once) and trace.again == (False,) * 5
     model.train()
     assert torch.equal(model(images), once)
+
+
+def test_the_smallest_margin_that_is_enough():
+    model, images = lively(), FAMILIES["deit"].images(4).double()
+    least = float(margin(model(images).detach()).min())
+    model.configure(second_look=least)
+    assert sum(model.trace(images)[1].again) == 1
+    model.configure(second_look=least * 0.999)
+    assert sum(model.trace(images)[1].again) == 0
+
+
+def test_half_precision_margins_are_taken_from_wider_ones():
+    logits = torch.tensor([[8.0, 8.0625, -3.0]], dtype=torch.bfloat16)
+    assert margin(logits).dtype == torch.float32
+    torch.testing.assert_close(margin(logits), margin(logits.float()), atol=0, rtol=0)
 
 
 def test_two_equally_likely_classes_are_looked_at_however_small_the_margin():
@@ -165,6 +204,39 @@ def test_both_passes_are_counted_as_torch_counts_them(name, place, skip_unread):
     assert 0 < added[0] < again.dense_macs
 
 
+@pytest.mark.parametrize("place", ["before", "between"])
+def test_linear_counts_leave_out_the_products_of_both_passes(place):
+    """A block of n tokens has 2 n^2 D multiply-adds in products: those blocks whose attention runs again have them again."""
+    model = lively("deit", (2, 3), place=place)
+    blocks = 2 if place == "before" else 1  # of four, from the third on; its attention is shared where patches go between its halves
+    both, linear = (model.second_look_macs((32, 32), 16, products) for products in (True, False))
+    assert both - linear == blocks * 2 * 17**2 * 32
+    feed, attend = 8 * 17 * 32**2, 4 * 17 * 32**2
+    assert linear == 2 * feed + blocks * attend + 32 * CLASSES
+
+
+def test_the_report_counts_both_passes_both_ways():
+    model = lively().float()
+    batches = noise(8)
+    once = evaluate(model, batches).reduced
+    model.configure(second_look=1)
+    twice = evaluate(model, batches).reduced
+    assert (once.looked_again, twice.looked_again, twice.agreement) == (0, 100, 100)
+    assert twice.macs - once.macs == pytest.approx(model.second_look_macs((32, 32), 16), abs=2)
+    assert twice.macs_linear - once.macs_linear == pytest.approx(model.second_look_macs((32, 32), 16, products=False), abs=2)
+
+
+@pytest.mark.parametrize("name", ["ours", "ours_gradient", "ours:1"])
+def test_maps_are_made_without(name):
+    model = lively("deit", (1, 2, 3), place="between", on_drop="merge").float()
+    found = []
+    for second_look in (0, 1):
+        model.configure(second_look=second_look)
+        explainer = find_explainer(name, model)
+        found.append((explainer(FAMILIES["deit"].images(2)), explainer.forwards))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
 def test_costs_add_up_group_by_group_and_image_by_image():
     model, images = lively(), FAMILIES["deit"].images(6).double()
     once = model.trace(images)[1]
@@ -180,6 +252,8 @@ def test_costs_add_up_group_by_group_and_image_by_image():
     assert [one.predictions[0].probability for one in told] == pytest.approx(likeliest.values.tolist())
     both = concatenate([trace, trace.image(2)])
     assert both.again == (*trace.again, trace.again[2]) and both.cpu().again == both.again
+    plain = replace(trace, again=())  # as made by hand
+    assert plain.image(1).again == () and concatenate([plain, trace]).again == ((False,) * 6 + trace.again)
 
 
 # ---- where there can be none -------------------------------------------------------------------------------
@@ -188,13 +262,41 @@ def test_costs_add_up_group_by_group_and_image_by_image():
 def test_no_classes_no_doubt():
     tower = reduce(FAMILIES["deit"].build(num_classes=0), 2).eval()
     for ask in (lambda: tower.configure(second_look=0.1), lambda: reduce(FAMILIES["deit"].build(num_classes=0), 2, second_look=0.1)):
-        with pytest.raises(ConfigError, match="this model has no classes to be unsure between"):
+        with pytest.raises(ConfigError, match="this model names no class to be unsure of"):
             ask()
-    with pytest.raises(ConfigError, match="no classes to be unsure between"):
-        Calibrator(tower, [FAMILIES["deit"].images(4)], second_look=0.1)
+    with pytest.raises(ConfigError, match="names no class to be unsure of"):
+        Calibrator(tower, [FAMILIES["deit"].images(4)], second_look=0.25)
+    with pytest.raises(ConfigError, match="names no class to be unsure of"):  # its answer is a row of logits for every token
+        lively("tokens_out").configure(second_look=0.1)
+    nameless = FAMILIES["deit"].build()
+    del nameless.num_classes
+    with pytest.raises(ConfigError, match="names no class to be unsure of"):
+        reduce(nameless, 2, second_look=0.1)
+
+
+@pytest.mark.parametrize(("classes", "pool"), [(0, None), (1, None), (7, None), (5, "")])
+def test_another_classifier_has_other_margins(classes, pool, tmp_path):
     model, images = reduce(FAMILIES["deit"].build(), 2, second_look=1.0).eval(), FAMILIES["deit"].images(2)
-    model.reset_classifier(0)
-    assert model(images).shape == (2, 32) and model.trace(images)[1].again == (False, False)
+    model.reset_classifier(classes, pool)
+    assert model.config.second_look == 0 and len(model(images)) == 2
+    model.threshold = 0.4
+    model.save_pretrained(tmp_path / "m")
+    assert model.trace(images)[1].again == (False, False)
+
+
+def test_a_saved_second_look_does_not_keep_a_tower_from_its_interpreters(tmp_path):
+    reduce(FAMILIES["deit"].build(), 2, second_look=0.3).save_pretrained(tmp_path / "m")
+    assert iared2.load_reduced(tmp_path / "m", backbone=FAMILIES["deit"].build()).config.second_look == 0.3
+    assert iared2.load_reduced(tmp_path / "m", backbone=FAMILIES["deit"].build(num_classes=0)).config.second_look == 0
+
+
+def test_reducers_of_others_are_left_alone():
+    model, images = reduce(FAMILIES["deit"].build(), (1, 2)).eval(), FAMILIES["deit"].images(4)
+    with_reducers(model, [AttentionReducer(TopK(ratio), "discard", 32) for ratio in (0.5, 0.25)])
+    once = model.trace(images)[1]
+    model.configure(second_look=margin_for(model, [images], 0.5))
+    twice = model.trace(images)[1]
+    assert torch.equal(once.keep_GBN, twice.keep_GBN) and sum(twice.again) == 2
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), "often"])
@@ -268,11 +370,75 @@ def test_budgets_below_what_second_looks_leave_are_refused():
         calibrator.to_share(floor - 0.05)
 
 
-@pytest.mark.parametrize(("share", "again"), [(0.0, 0), (0.01, 0), (0.5, 8), (1.0, 16)])
+@pytest.mark.parametrize(("share", "again"), [(0.0, 0), (0.05, 1), (0.5, 8), (0.94, 15)])
 def test_margins_for_shares(share, again):
     model, images = untrained(), FAMILIES["deit"].images(16)
     model.configure(second_look=margin_for(model, [images], share))
     assert sum(model.trace(images)[1].again) == again
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.01, "which is none of 16"), (0.99, "which is all of 16"), (float("nan"), "from 0 to below 1")]
+)
+def test_shares_that_are_none_or_all_of_the_pictures(share, said):
+    for ask in (margin_for, lambda model, images, share: Calibrator(model, images, second_look=share)):
+        with pytest.raises(ConfigError, match=said):
+            ask(untrained(), [FAMILIES["deit"].images(16)], share)
+
+
+def test_margins_that_are_level_are_not_divided(caplog):
+    """Of copies either all are looked at again or none; where more would be than asked for, none; and it is said."""
+    model, one = untrained(), FAMILIES["deit"].images(4)
+    order = margin(model(one)).argsort()
+    images = one[order][[0, 1, 2, 2, 2, 2, 2, 3]]
+    model.configure(second_look=margin_for(model, [images], 0.5))
+    assert sum(model.trace(images)[1].again) == 2
+    copies = [one[:1].expand(16, -1, -1, -1)]
+    assert Calibrator(model, copies, second_look=0.5).to_share(0.95).again == 0
+    assert "asked for a second look at 50.0 % of the pictures, and it is 0.0 %" in caplog.text
+
+
+def test_schedules_are_searched_by_what_they_cost_with_second_looks():
+    calibrator = Calibrator(untrained(), list(FAMILIES["deit"].images(32).split(16)), second_look=0.25)
+    plain = Calibrator(untrained(), calibrator.batches)
+    ratios = (0.8, 0.5, 0.2)
+    second = calibrator.model.second_look_macs((32, 32), 16) / calibrator.dense_macs
+    assert calibrator.share_of(ratios) - plain.share_of(ratios) == pytest.approx(0.25 * second)
+
+
+def test_the_margin_is_that_of_the_schedule_that_was_chosen():
+    """Not that of the last one tried."""
+    calibrator = Calibrator(untrained(), list(FAMILIES["deit"].images(64).split(16)), second_look=0.25)
+    found = calibrator.to_share(0.85)
+    left = calibrator.model.config.second_look
+    assert left == margin_for(calibrator.model, calibrator.batches, 0.25) and found.again == 25
+    timed = calibrator.to_milliseconds(calibrator._time(), nearest=True)
+    assert calibrator.model.config.second_look == margin_for(calibrator.model, calibrator.batches, 0.25) and timed.again == 25
+
+
+def test_too_many_second_looks_are_named_as_the_reason():
+    calibrator = Calibrator(untrained(), [FAMILIES["deit"].images(16)], second_look=0.75)
+    with pytest.raises(
+        ConfigError, match=r"second looks at 75\.0% of the pictures, 0\.\d\dx of the dense model, are among it: ask for fewer"
+    ):
+        calibrator.to_share(0.4)
+    with pytest.raises(ConfigError, match=r"which costs 1.* of the dense model with 93.8 % of the pictures looked at again"):
+        Calibrator(untrained(), [FAMILIES["deit"].images(16)], second_look=0.94).to_disagreement(0)
+
+
+def test_walks_are_paid_for_without_second_looks(monkeypatch, tmp_path):
+    """The budget minus what second looks cost is what a first pass may cost while it is trained."""
+    seen = []
+    monkeypatch.setattr(budget, "_stages", lambda *given: seen.append(given[3]) or [])
+    monkeypatch.setattr(budget.Trainer, "fit", lambda *_: None)
+    batches = noise(16)
+    feeds = Feeds(train=batches, held_out=batches)
+    settings = TogetherSettings(target="0.85x", second_look=0.25, blocks=(1, 2, 3))
+    model = budget.reduced_for(settings, FAMILIES["deit"].build())
+    outcome = budget.train_together(settings, model, feeds, RunSettings(tmp_path, "none"), Accelerator(cpu=True))
+    second = 0.25 * model.second_look_macs((32, 32), 16) / dense_macs(model.adapter, 32, 32)
+    assert seen == [pytest.approx(0.85 - second)]
+    assert outcome.expected.again == 25 and outcome.expected.share == pytest.approx(0.85, abs=0.03)
 
 
 @pytest.mark.parametrize("share", ["-0.1", "1", "2", "nan"])
@@ -316,7 +482,11 @@ def test_from_training_to_eval_and_explain(photos, tmp_path, capsys, caplog):
     assert "25.0 % looked at again" in capsys.readouterr().out
     report = tmp_path / "report.json"
     assert main(["eval", "--model", str(tmp_path / "c"), "--data", str(photos), "--json", str(report), *weights, *quiet]) == 0
-    row = json.loads(report.read_text())["rows"][1]
+    told = json.loads(report.read_text())
+    assert (
+        told["settings"]["second_look"] == iared2.load_reduced(tmp_path / "c", weights=tmp_path / "weights.safetensors").config.second_look
+    )
+    row = told["rows"][1]
     assert row["looked_again"] == 25 and row["macs_share"] == pytest.approx(0.9, abs=0.02)
     assert "25.0 % of the images were looked at again" in " ".join(capsys.readouterr().out.split())
     shown = tmp_path / "shown"

@@ -392,7 +392,9 @@ def calibrate(
     output: Annotated[Path, Parameter(name=["--output", "-o"], help="Folder for the model with its new thresholds.")],
     target_macs: Annotated[str | None, Parameter(help="A budget per image: 0.65x, 65%, 0.8G, 800M, or 9ms on this device.")] = None,
     disagreement: Annotated[float | None, Parameter(help="Instead: percent of pictures that may get another class than dense.")] = None,
-    second_look: Annotated[float, Parameter(help="Share of pictures to pass again with nothing dropped: those it is least sure of.")] = 0.0,
+    second_look: Annotated[
+        float, Parameter(help="Share of pictures to pass again with nothing dropped, those least sure of; 0 takes a second look away.")
+    ] = 0.0,
     model: ModelOption = DEFAULT,
     weights: WeightsOption = None,
     limit: Annotated[int, Parameter(help="Use only this many images.")] = 256,

@@ -68,13 +68,15 @@ class TimmSurface(Walker):
         """The backbone's head on features as `forward_features` gives them.
 
         Where dropped tokens were discarded, their places hold zeros, and a head that pools averages those in: then the answer differs
-        a little from the model's own, which pools what is left. It is the same for a class token, or where tokens were merged.
+        a little from the model's own, which pools what is left. It is the same for a class token, or where tokens were merged. Features are
+        those of one pass, so it knows nothing of a second look.
         """
         return self.backbone.forward_head(features, pre_logits=pre_logits)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the backbone's classifier."""
+        """Replaces the backbone's classifier. Margins are each classifier's own, so that there is no second look after it."""
         self.backbone.reset_classifier(num_classes, global_pool)
+        self.config = self.config.model_copy(update={"second_look": 0.0})
         for group, reducer in enumerate(self.reducers):  # another pooling may need a patch where none was needed
             reducer.rule = self.config.keep_rule(group, self.adapter.needs_patch)
 
@@ -89,9 +91,19 @@ class TimmSurface(Walker):
         return self.backbone.num_classes
 
     @property
+    def names_classes(self) -> bool:
+        """Whether an answer is one row of two or more logits per image."""
+        return names_classes(self.backbone)
+
+    @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """timm's data configuration, so that `timm.data.resolve_model_data_config(model)` works."""
         return self.backbone.pretrained_cfg
+
+
+def names_classes(backbone: Any) -> bool:
+    """Whether a backbone answers with one row of two or more logits per image."""
+    return getattr(backbone, "num_classes", 0) > 1 and getattr(backbone, "global_pool", None) != ""
 
 
 def _alive(tokens: PackedTokens) -> Float[Tensor, "B S 1"]:

@@ -31,9 +31,9 @@ from iared2.worth import Worth
 
 @dataclass(frozen=True)
 class Answer:
-    """Logits, the first pass that led to them, and which pictures were passed again."""
+    """Logits (or what else the head gives), the first pass that led to them, and which pictures were passed again."""
 
-    logits: Float[Tensor, "B classes"]
+    logits: Float[Tensor, "B *answer"]
     state: State
     again_B: Bool[Tensor, " B"]
 
@@ -112,7 +112,7 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
         logits = self.adapter.head(state.tokens)
         if not self.looks_again:
             return Answer(logits, state, torch.zeros(len(logits), dtype=torch.bool, device=logits.device))
-        again_B = margin(logits) < self.config.second_look
+        again_B = margin(logits) <= self.config.second_look
         index_I = again_B.nonzero().squeeze(1)
         if len(index_I):
             tokens = self.finish_dense(replace(ahead, tokens=pick_images(ahead.tokens, index_I)))
@@ -120,7 +120,7 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
         return Answer(logits, state, again_B)
 
     def trace(self, images: Float[Tensor, "B C height width"], second_look: bool = True) -> tuple[Tensor, Trace]:
-        """Logits, and what was dropped on the way. Costs nothing beyond `forward`.
+        """Logits, and what was dropped on the way. Costs no pass beyond those of `forward`.
 
         Args:
             second_look: whether pictures are looked at again, if that is set; scores and kept patches are those of the first pass.
@@ -138,7 +138,8 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
         again = [False] * len(entering) if again_B is None else again_B.tolist()
         kept = torch.stack([r.kept_B for r in reductions], dim=1).tolist()
         keys = list(zip(entering, map(tuple, kept), again, strict=True))
-        macs = {key: self.macs(size, key[0], key[1], again=key[2]) for key in set(keys)}
+        second = {n: self.second_look_macs(size, n) for n in set(entering)} if any(again) else {}
+        macs = {(n, k, twice): self.macs(size, n, k) + (second[n] if twice else 0) for n, k, twice in set(keys)}
         return Trace(
             score_GBN=torch.stack([r.score_BN for r in reductions]),
             keep_GBN=torch.stack([r.keep_BN for r in reductions]),
@@ -150,20 +151,11 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
             again=tuple(again),
         )
 
-    def macs(
-        self,
-        size: tuple[int, int],
-        patches: int,
-        kept: Sequence[int],
-        products: bool = True,
-        until: int | None = None,
-        again: bool = False,
-    ) -> int:
-        """Multiply-adds of one image of `size` = (height, width) pixels, a second look included if `again`; see `cost.reduced_macs`."""
+    def macs(self, size: tuple[int, int], patches: int, kept: Sequence[int], products: bool = True, until: int | None = None) -> int:
+        """Multiply-adds of one pass of one image of `size` = (height, width) pixels; see `cost.reduced_macs`."""
         reducers = dict(zip(self.config.first_blocks, self.reducers, strict=True))
         between = self.config.place == "between"
-        once = cost.reduced_macs(self.adapter, reducers, size, patches, kept, products, between, until, self.skips_unread)
-        return once + (self.second_look_macs(size, patches, products) if again else 0)
+        return cost.reduced_macs(self.adapter, reducers, size, patches, kept, products, between, until, self.skips_unread)
 
     def second_look_macs(self, size: tuple[int, int], patches: int, products: bool = True) -> int:
         """Multiply-adds of a second look at one image of `size` = (height, width) pixels; see `cost.second_look_macs`."""
@@ -174,8 +166,8 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
 
     @property
     def looks_again(self) -> bool:
-        """Whether pictures of which the first pass is unsure are passed again; never in training, nor without a classifier."""
-        return self.config.second_look > 0 and not self.training and self.num_classes > 1
+        """Whether pictures of which the first pass is unsure are passed again; never in training."""
+        return self.config.second_look > 0 and not self.training
 
     @property
     def threshold(self) -> float | tuple[float, ...]:
@@ -205,14 +197,15 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
         except ValidationError as error:
             raise explain_validation(error) from None
         self._check_second_look(config)
-        rules = [config.keep_rule(group, self.adapter.needs_patch) for group in range(len(self.reducers))]
-        for reducer, rule in zip(self.reducers, rules, strict=True):
-            reducer.rule, reducer.on_drop, reducer.merging = rule, config.on_drop, config.merging
+        if set(changes) - {"second_look", "skip_unread"}:  # which are no business of reducers, and those may be others' by now
+            rules = [config.keep_rule(group, self.adapter.needs_patch) for group in range(len(self.reducers))]
+            for reducer, rule in zip(self.reducers, rules, strict=True):
+                reducer.rule, reducer.on_drop, reducer.merging = rule, config.on_drop, config.merging
         self.config = config
 
     def _check_second_look(self, config: ReductionConfig) -> None:
-        if config.second_look and self.num_classes < 2:
-            raise ConfigError(f"second_look: got {config.second_look:g}, but this model has no classes to be unsure between; leave it at 0")
+        if config.second_look and not self.names_classes:
+            raise ConfigError(f"second_look: got {config.second_look:g}, but this model names no class to be unsure of; leave it at 0")
 
     # ---- taking apart, saving, loading ------------------------------------------------------------------
 

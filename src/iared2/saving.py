@@ -29,6 +29,7 @@ from torch import nn
 
 from iared2 import assets
 from iared2.errors import ConfigError, HubError, IARED2Error, UnsupportedBackboneError, WeightsError
+from iared2.features import names_classes
 from iared2.model import ReducedTransformer
 from iared2.model_file import BACKBONE, SCHEMA, Backbone, Data, read_config, read_labels, require_buildable, write_card
 from iared2.runtime import pick_device
@@ -177,7 +178,11 @@ def load_reduced(
         except (ConfigError, UnsupportedBackboneError) as error:  # both come out of the file
             raise WeightsError(f"{folder / 'config.json'}: {error}") from None
     else:
-        model, source = ReducedTransformer(backbone, config.reduction), None
+        reduction = config.reduction
+        if reduction.second_look and not names_classes(backbone):
+            logger.info("this backbone names no classes: no second look")
+            reduction = reduction.model_copy(update={"second_look": 0.0})
+        model, source = ReducedTransformer(backbone, reduction), None
     load_tensors(model.reducers, folder / REDUCERS)
     classes = getattr(backbone, "num_classes", None)  # those of a ready backbone may be others
     if config.class_ids and not hasattr(backbone, "class_ids") and classes in (None, len(config.class_ids)):

@@ -24,7 +24,8 @@ class Trace:
         first_blocks: the block before which each group reduces.
         macs: multiply-adds per image, reduction included.
         dense_macs: multiply-adds per image of the untouched backbone.
-        again: per image, whether it was passed a second time with nothing dropped (`second_look`); then `macs` counts both passes.
+        again: per image, whether it was passed a second time with nothing dropped (`second_look`); then `macs` counts both passes. Empty:
+            none was.
     """
 
     score_GBN: Float[Tensor, "G B N"]
@@ -34,7 +35,7 @@ class Trace:
     first_blocks: tuple[int, ...]
     macs: tuple[int, ...]
     dense_macs: int
-    again: tuple[bool, ...]
+    again: tuple[bool, ...] = ()
 
     @property
     def groups(self) -> int:
@@ -70,7 +71,7 @@ class Trace:
     def image(self, index: int) -> "Trace":
         """The trace of one image."""
         one = index % len(self.macs)
-        return self._with(lambda tensor: tensor[:, one : one + 1], (self.macs[one],), (self.again[one],))
+        return self._with(lambda tensor: tensor[:, one : one + 1], (self.macs[one],), self.again[one : one + 1])
 
     def cpu(self) -> "Trace":
         """The same on the host, detached."""
@@ -95,5 +96,5 @@ def concatenate(traces: Sequence[Trace]) -> Trace:
         keep_GBN=torch.cat([trace.keep_GBN for trace in traces], dim=1),
         carrier_GBN=torch.cat([trace.carrier_GBN for trace in traces], dim=1),
         macs=tuple(macs for trace in traces for macs in trace.macs),
-        again=tuple(again for trace in traces for again in trace.again),
+        again=tuple(again for trace in traces for again in trace.again or (False,) * len(trace.macs)),
     )

@@ -79,9 +79,11 @@ class Walker(nn.Module):
         """Runs the blocks that are left with nothing dropped, and asks no reducer; as `finish`, up to what the head will read."""
         tokens, last = state.tokens, self.adapter.depth - 1
         for block in range(state.block, self.adapter.depth):
-            if (block, state.half) != (state.block, True):
-                alone = block == last and self.skips_unread
-                tokens = self.adapter.attend_prefix(block, tokens) if alone else self.adapter.attend(block, tokens).tokens
+            attended = block == state.block and state.half
+            if not attended and block == last and self.skips_unread:
+                tokens = self.adapter.attend_prefix(block, tokens)
+            elif not attended:
+                tokens = self.adapter.attend(block, tokens).tokens
             tokens = self.adapter.feed(block, tokens)
         return tokens
 

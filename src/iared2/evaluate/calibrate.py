@@ -89,7 +89,8 @@ class Calibrator:
 
     Raises:
         DataError: there are no pictures.
-        ConfigError: the model's answers are not finite, or a second look is asked of a model without classes.
+        ConfigError: the model's answers are not finite; or a second look that is none or all of these pictures, or asked of a model
+            without classes.
     """
 
     @torch.inference_mode()
@@ -102,10 +103,8 @@ class Calibrator:
     ) -> None:
         if not batches:
             raise DataError("calibration: there are no pictures to calibrate on")
-        if not 0 <= second_look < 1:
-            raise ConfigError(f"second look: got {second_look:g}, wanted a share of the pictures, from 0 to below 1, as 0.1")
-        if second_look and model.num_classes < 2:
-            raise ConfigError(f"second look: got {second_look:g}, but this model has no classes to be unsure between; leave it at 0")
+        if second_look and not model.names_classes:
+            raise ConfigError(f"second look: got {second_look:g}, but this model names no class to be unsure of; leave it at 0")
         if model.config.rule != "threshold":
             raise ConfigError(
                 f"calibration: this model keeps patches by {model.config.rule!r}, which has no thresholds to choose; "
@@ -116,7 +115,7 @@ class Calibrator:
         self.size = (self.batches[0].shape[-2], self.batches[0].shape[-1])
         self.pictures = sum(len(images) for images in self.batches)
         self.dense_macs = cost.dense_macs(model.adapter, *self.size)
-        self.second_look = second_look
+        self.second_look = _count(second_look, self.pictures) / self.pictures
         if model.config.second_look:
             model.configure(second_look=0.0)
 
@@ -156,6 +155,20 @@ class Calibrator:
         """What second looks cost on average, as a share of the dense model."""
         rows, columns = self.model.adapter.grid(*self.size)
         return self.second_look * self.model.second_look_macs(self.size, rows * columns) / self.dense_macs
+
+    def power_for(self, family: Sequence[float], share: float) -> float:
+        """The power at which the schedule would cost `share` where all pictures keep the same.
+
+        Raises:
+            ConfigError: the reductions of this model, or its second looks, cannot get there.
+        """
+        try:
+            return solve_power(self.share_of, family, share)
+        except ConfigError as error:
+            if not self.second_look:
+                raise
+            twice = f"second looks at {self.second_look:.1%} of the pictures, {self.second_share:.2f}x of the dense model, are among it"
+            raise ConfigError(f"{error}; {twice}: ask for fewer") from None
 
     def share_of(self, ratios: Sequence[float]) -> float:
         """What images that keep exactly these shares of their patches would cost on average, as a share of the dense model."""
@@ -222,7 +235,7 @@ class Calibrator:
     def _to_share(self, family: Sequence[float], share: float, nearest: bool = False) -> Expectation:
         """Starts where the mean picture would cost `share`; pictures that keep different numbers cost a little more than it."""
         low, high = ((power, self.share_of(powered(family, power))) for power in (0.0, LARGEST))  # powers and what they cost
-        power = solve_power(self.share_of, family, min(low[1], max(high[1], share)) if nearest else share)
+        power = self.power_for(family, min(low[1], max(high[1], share)) if nearest else share)
         tried = [expected := self.at(family, power)]
         for _ in range(8):
             if abs(expected.share - share) < TOLERANCE:
@@ -247,7 +260,7 @@ class Calibrator:
         what the cosine may lack of 1.
 
         Raises:
-            ConfigError: not even the mildest schedule agrees so well.
+            ConfigError: not even the mildest schedule agrees so well, or it would cost as much as the dense model.
         """
         family = self.family()
         best = beyond = None
@@ -264,7 +277,13 @@ class Calibrator:
                 beyond = middle
         if best is None:
             raise ConfigError(f"disagreement: got {allowed:g} %, which no schedule of this model reaches on these pictures; allow more")
-        return self.with_slope(self.at(family, best))
+        found = self.with_slope(self.at(family, best))
+        if found.share >= 1:
+            raise ConfigError(
+                f"disagreement: got {allowed:g} %, which costs {found.share:.2f}x of the dense model with {found.again:.1f} % of the "
+                "pictures looked at again; allow more, or ask for fewer second looks"
+            )
+        return found
 
     def to_milliseconds(self, wanted: float, nearest: bool = False) -> Expectation:
         """Thresholds at which an image takes `wanted` milliseconds here, at the batch size of the pictures.
@@ -346,7 +365,10 @@ class Calibrator:
         return statistics.median(times)
 
     def with_slope(self, expected: Expectation) -> Expectation:
-        """Measures once more with all thresholds 0.01 higher, and puts them back."""
+        """Measures once more with all thresholds 0.01 higher, and puts them back; says so where margins divide pictures otherwise."""
+        if abs(expected.again / 100 - self.second_look) > FAR:
+            level = "asked for a second look at %.1f %% of the pictures, and it is %.1f %%: the margins of many are the same"
+            logger.warning(level, 100 * self.second_look, expected.again)
         self.model.threshold = tuple(value + 0.01 for value in expected.thresholds)
         slope = self.measure().share - expected.share
         self.model.threshold = expected.thresholds
@@ -355,12 +377,28 @@ class Calibrator:
 
 @torch.inference_mode()
 def margin_for(model: ReducedTransformer, batches: Sequence[Float[Tensor, "B 3 height width"]], share: float) -> float:
-    """The margin that this share of the pictures falls below after one pass, those of which the model is least sure."""
+    """The margin up to which this share of the pictures lies after one pass, those of which the model is least sure; 0 for none.
+
+    Where several margins are level at the boundary, fewer pictures lie below it than asked for.
+
+    Raises:
+        ConfigError: no share, or one that is none or all of these pictures.
+    """
     ranked = torch.cat([margin(model.logits(images)) for images in batches]).double().sort().values
-    again = round(share * len(ranked))
-    if not 0 < again < len(ranked):
-        return float(again > 0)
-    return float((ranked[again - 1] + ranked[again]) / 2)
+    again = _count(share, len(ranked))
+    apart = ranked[: again + 1].unique()[-2:]  # the first that is not wanted, and the last margin below it
+    return float(apart.mean()) if again and len(apart) > 1 else 0.0
+
+
+def _count(share: float, pictures: int) -> int:
+    """How many pictures a share of them is."""
+    if not 0 <= share < 1:
+        raise ConfigError(f"second look: got {share:g}, wanted a share of the pictures, from 0 to below 1, as 0.1")
+    count = round(share * pictures)
+    if share and not 0 < count < pictures:
+        which = "none" if not count else "all"
+        raise ConfigError(f"second look: got {share:g}, which is {which} of {pictures} pictures; give more pictures, or another share")
+    return count
 
 
 def _boundary(chance_P: Float[Tensor, " P"], keep: int) -> float:

@@ -156,7 +156,8 @@ def _outcome(
 
     @cache
     def linear(kept: tuple[int, ...], again: bool) -> int:
-        return model.macs(size, patches, kept, products=False, again=again)
+        once = model.macs(size, patches, kept, products=False)
+        return once + (model.second_look_macs(size, patches, products=False) if again else 0)
 
     dense_linear = cost.dense_macs(model.adapter, *size, products=False)
     return Outcome(
@@ -281,7 +282,8 @@ def _choices(model: ReducedTransformer) -> dict[str, Any]:
     seen = {name: getattr(how, name) for name in ("size", "mean", "std", "crop_pct", "crop_mode", "interpolation")}
     thresholds = model.config.model_dump(mode="json")["thresholds"] or [0.5]
     threshold = thresholds[0] if len(set(thresholds)) == 1 else thresholds
-    return {"threshold": threshold, "rule": model.config.rule, "on_drop": model.config.on_drop, "preprocess": seen}
+    config = model.config
+    return {"threshold": threshold, "rule": config.rule, "on_drop": config.on_drop, "second_look": config.second_look, "preprocess": seen}
 
 
 def _open_model(name: str, weights: Path | None, place: torch.device, threshold: float | None, on_drop: str | None) -> ReducedTransformer:

@@ -67,7 +67,7 @@ def interpreter_maps(
 
 
 def explain(model: ReducedTransformer, images: Float[Tensor, "B C height width"], top: int = 5) -> list[Explanation]:
-    """Predictions and traces of a batch, in one forward pass of the reduced model.
+    """Predictions and traces of a batch, in one forward pass of the reduced model (and a second look, where it is set to one).
 
     Raises:
         ConfigError: the batch does not fit into memory, or the model's answer is not finite.
@@ -120,8 +120,10 @@ def macs_by_group(model: ReducedTransformer, trace: Trace, size: tuple[int, int]
     """
     kept = trace.keep_GBN[:, 0].sum(-1).tolist()
     ends = (*trace.first_blocks[1:], None)
-    again = trace.again[0]
-    return tuple(model.macs(size, trace.keep_GBN.shape[-1], kept, until=end, again=again and end is None) for end in ends)
+    patches = trace.keep_GBN.shape[-1]
+    macs = [model.macs(size, patches, kept, until=end) for end in ends]
+    macs[-1] += model.second_look_macs(size, patches) if any(trace.again) else 0
+    return tuple(macs)
 
 
 def _best(logits: Float[Tensor, " classes"], names: Sequence[str] | None, top: int) -> tuple[Prediction, ...]:

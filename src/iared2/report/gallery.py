@@ -242,6 +242,7 @@ class Gallery:
                 "on_drop": config.on_drop,
                 "merged_by": config.weights,
                 "worth": config.worth is not None,
+                "second_look": config.second_look,
             },
             weights=tuple(records.Weights(f"{path.parent.name}/{path.name}", sha256(path)) for path in getattr(model, "files", ())),
             preprocessing={

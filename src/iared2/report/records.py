@@ -107,14 +107,14 @@ class PhotoRecord:
             "macs": trace.macs[0],
             "dense_macs": trace.dense_macs,
             "macs_share": round(self.macs_share, 6),
-            "looked_again": trace.again[0],
+            "looked_again": any(trace.again),
             "milliseconds": speed,
         }
 
 
 def picture_record(picture: Picture, name: str, explanation: Explanation, speed: Speed | None, written: tuple[dict, dict]) -> PhotoRecord:
     """The record of a photo, of which `written` = (paths of files, what the page holds). Scores per head are in a file: they are let go."""
-    notes = (*picture.notes, AGAIN) if explanation.trace.again[0] else picture.notes
+    notes = (*picture.notes, AGAIN) if any(explanation.trace.again) else picture.notes
     return PhotoRecord(name, show(picture.path), picture.size, notes, replace(explanation, head_GHN=None), speed, *written)
 
 

@@ -47,6 +47,7 @@ def explain_sharded(load: Callable[[], ReducedTransformer], paths: Sequence[Path
     facts = gallery.facts()
     key = fingerprint(
         facts.model,
+        gallery.model.config.model_dump_json(),
         weights_of(gallery.model.state_dict()),
         facts.settings,
         settings.methods,

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from iared2.backbones import adapt
-from iared2.budget import Budget, parse_budget, powered, solve_power
+from iared2.budget import Budget, parse_budget, powered
 from iared2.errors import DataError
 from iared2.evaluate.calibrate import Calibrator, Expectation
 from iared2.model import ReducedTransformer, reduce
@@ -82,7 +82,7 @@ def train_together(
         share = _share_for_training(budget, calibrator)
         # Interpreters that exist have thresholds, and what they leave may be far from the plain curve.
         family = calibrator.plain_curve() if settings.start is None else calibrator.family()
-        ratios = powered(family, solve_power(calibrator.share_of, family, share))
+        ratios = powered(family, calibrator.power_for(family, share))
     logger.info("aiming at %.3f of the dense multiply-adds; patches left meanwhile %s", share, ", ".join(f"{r:.2f}" for r in ratios))
     stages = _stages(settings, model, feeds, share - calibrator.second_share, ratios)  # walks are first passes
     before = [value.detach().clone() for value in backbone.parameters()] if settings.block_epochs and settings.block_share < 1 else []
