@@ -25,6 +25,7 @@ from iared2.evaluate.calibrate import Calibrator, margin_for
 from iared2.evaluate.classify import evaluate
 from iared2.explain import explain
 from iared2.explain.methods import find_explainer
+from iared2.explain.ours import interpreter_maps
 from iared2.export import export_onnx
 from iared2.interpreter import InterpreterConfig
 from iared2.keep import TopK
@@ -227,14 +228,16 @@ def test_the_report_counts_both_passes_both_ways():
 
 
 @pytest.mark.parametrize("name", ["ours", "ours_gradient", "ours:1"])
-def test_maps_are_made_without(name):
+def test_maps_are_made_without(name, monkeypatch):
     model = lively("deit", (1, 2, 3), place="between", on_drop="merge").float()
+    monkeypatch.setattr(ReducedTransformer, "finish_dense", None)  # nobody looks again
     found = []
     for second_look in (0, 1):
         model.configure(second_look=second_look)
         explainer = find_explainer(name, model)
         found.append((explainer(FAMILIES["deit"].images(2)), explainer.forwards))
     assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert interpreter_maps(model, FAMILIES["deit"].images(2)).shape == (2, 3, 4, 4)
 
 
 def test_costs_add_up_group_by_group_and_image_by_image():
@@ -409,9 +412,13 @@ def test_schedules_are_searched_by_what_they_cost_with_second_looks():
 def test_the_margin_is_that_of_the_schedule_that_was_chosen():
     """Not that of the last one tried."""
     calibrator = Calibrator(untrained(), list(FAMILIES["deit"].images(64).split(16)), second_look=0.25)
-    found = calibrator.to_share(0.85)
+    family = calibrator.family()
+    first = calibrator.at(family, 0.5)
     left = calibrator.model.config.second_look
-    assert left == margin_for(calibrator.model, calibrator.batches, 0.25) and found.again == 25
+    calibrator.at(family, 3.0)
+    assert calibrator.model.config.second_look != left
+    calibrator._use(first)
+    assert calibrator.model.config.second_look == left and calibrator.measure() == first
     timed = calibrator.to_milliseconds(calibrator._time(), nearest=True)
     assert calibrator.model.config.second_look == margin_for(calibrator.model, calibrator.batches, 0.25) and timed.again == 25
 

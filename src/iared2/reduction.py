@@ -39,7 +39,7 @@ class ReductionConfig(Settings):
         0.0,
         ge=0,
         le=1,
-        description="pictures whose two likeliest classes lie less than this apart, in probability, are passed again with nothing dropped",
+        description="pictures whose two likeliest classes lie no further apart, in probability, are passed again, nothing dropped; 0: none",
     )
 
     @model_validator(mode="after")

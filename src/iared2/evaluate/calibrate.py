@@ -197,7 +197,7 @@ class Calibrator:
 
     @torch.inference_mode()
     def choose_margin(self) -> None:
-        """Sets the margin below which the wanted share of these pictures is looked at again, with the model's present thresholds."""
+        """Sets the margin up to which the wanted share of these pictures lies, with the model's present thresholds."""
         if self.second_look:
             self.model.configure(second_look=margin_for(self.model, self.batches, self.second_look))
 
