@@ -326,6 +326,16 @@ def test_without_scripts_and_on_paper_the_pictures_stand_in_rows(browser, folder
         run.page.close()
 
 
+def test_the_photo_stands_in_its_row_until_its_viewer_does(browser, folder):
+    """Whoever takes a picture of the page before a card came near the screen misses nothing."""
+    run = opened(browser, folder)
+    run.viewer.wait_for()
+    assert run.page.locator(".viewed .column.photo img").first.is_hidden()
+    run.page.evaluate("document.querySelector('article').classList.remove('viewed')")
+    assert run.page.locator("article:not(.viewed) .column.photo img").first.is_visible()
+    run.page.close()
+
+
 def test_narrow_and_dark_screens(browser, folder):
     run = opened(browser, folder, color_scheme="dark")
     run.page.set_viewport_size({"width": 400, "height": 800})

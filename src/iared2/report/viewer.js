@@ -30,6 +30,7 @@ class Viewer {
     this.number = number;
     this.connect(card);
     card.insertBefore(this.root, card.querySelector(".overview"));
+    card.classList.add("viewed"); // the overview need not show what stands above it
     this.photo.decode().then(() => { this.fit(); this.update(); });
   }
 
@@ -282,7 +283,6 @@ class Viewer {
   }
 }
 
-document.documentElement.classList.add("js");
 const coming = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
     if (!isIntersecting) continue;
