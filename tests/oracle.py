@@ -59,21 +59,36 @@ def attention(q_THK: Tensor, k_THK: Tensor, v_THV: Tensor, lengths: list[int], m
     return torch.stack(rows)
 
 
-def chances(score_S: Tensor, mass: list[float], feature_SF: Tensor, weights: tuple[float, float, float]) -> list[float]:
+def chances(
+    score_S: Tensor, mass: list[float], feature_SF: Tensor, weights: tuple[float, float, float], pairs: bool = False
+) -> list[float]:
     """What patches of one image are worth: sigmoid(steepness (log share + redundancy log(1 - s) - offset)), pair by pair."""
     redundancy, offset, steepness = weights
     relevance = [float(s) * m for s, m in zip(score_S, mass, strict=True)]
     mean = sum(relevance) / len(relevance)
+    ties = nearest_better(relevance, feature_SF)
     found = []
     for i, mine in enumerate(relevance):
-        best = -1.0
-        for j, other in enumerate(relevance):
-            if other > mine or (other == mine and j < i):
-                cosine = float(feature_SF[i] @ feature_SF[j] / (feature_SF[i].norm() * feature_SF[j].norm()))
-                best = max(best, cosine)
+        best, better = ties[i]
+        if pairs and better is not None:
+            others = [ties[k][0] for k in range(len(relevance)) if k != i and {k, ties[k][1]} & {i, better} and ties[k][1] is not None]
+            best = best if all(best > other for other in others) else -1.0
         z = math.log(mine / mean) + redundancy * math.log(max(1 - best, 1e-6))
         found.append(1 / (1 + math.exp(-steepness * (z - offset))))
     return found
+
+
+def nearest_better(relevance: list[float], feature_SF: Tensor) -> list[tuple[float, int | None]]:
+    """For each row the greatest cosine to a row of more relevance (of equals, an earlier one), and that row."""
+    ties: list[tuple[float, int | None]] = []
+    for i, mine in enumerate(relevance):
+        best: tuple[float, int | None] = (-1.0, None)
+        for j, other in enumerate(relevance):
+            if other > mine or (other == mine and j < i):
+                cosine = float(feature_SF[i] @ feature_SF[j] / (feature_SF[i].norm() * feature_SF[j].norm()))
+                best = (cosine, j) if cosine > best[0] else best
+        ties.append(best)
+    return ties
 
 
 def nearest(feature_SF: Tensor, dropped: list[int], kept: list[int]) -> dict[int, int]:

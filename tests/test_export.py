@@ -39,11 +39,13 @@ def test_top_k_runs_in_onnxruntime(name, on_drop, tmp_path):
         torch.testing.assert_close(torch.from_numpy(got), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_chances_that_know_of_better_tokens_run_there_too(tmp_path):
+@pytest.mark.parametrize(("on_drop", "pairs"), [("merge", False), ("discard", True)])
+def test_chances_that_know_of_better_tokens_run_there_too(tmp_path, on_drop, pairs):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    options = {"rule": "top_k", "ratios": (0.7, 0.3), "place": "between", "on_drop": "merge", "worth": iared2.worth.WorthConfig()}
+    options = {"rule": "top_k", "ratios": (0.7, 0.3), "place": "between", "on_drop": on_drop}
+    options["worth"] = iared2.worth.WorthConfig(pairs=pairs)
     options["skip_unread"] = True
     model = iared2.reduce(FAMILIES["deit"].build(), 2, **options).eval()
     for reducer in model.reducers:

@@ -13,14 +13,16 @@ from iared2.interpreter import InterpreterConfig, relative_log
 from iared2.similarity import compare, nearest_better
 from iared2.tokens.attention import class_logits
 from iared2.tokens.padded import one_bucket
+from iared2.train.budget import reduced_for
+from iared2.train.together_settings import TogetherSettings
 from iared2.worth import Worth, WorthConfig
 from packs import make_pack, rows_of, seeds, some_places
 
 images = st.lists(some_places, min_size=1, max_size=4)
 
 
-def worth(redundancy: float = 0.7, offset: float = -0.4, steepness: float = 2.5, mass: bool = True) -> Worth:
-    module = Worth(WorthConfig(redundancy=redundancy, steepness=steepness, mass=mass)).double()
+def worth(redundancy: float = 0.7, offset: float = -0.4, steepness: float = 2.5, **parts: bool | None) -> Worth:
+    module = Worth(WorthConfig(redundancy=redundancy, steepness=steepness, **parts)).double()
     module.offset.data.fill_(offset)
     return module
 
@@ -31,43 +33,97 @@ def chances(module: Worth, score_T: torch.Tensor, tokens, feature_TF: torch.Tens
     return module(score_T, tokens, compare(features, tokens.layout, module.relevance(score_T, tokens).detach()))
 
 
-@given(images, seeds, st.booleans(), st.booleans())
+@given(images, seeds, st.booleans(), st.booleans(), st.booleans())
 @settings(deadline=None)
-def test_chances_are_the_oracles(kept, seed, weighed, counted):
+def test_chances_are_the_oracles(kept, seed, weighed, counted, pairs):
     tokens = make_pack(kept, prefix=2, width=5, seed=seed)
     draw = torch.Generator().manual_seed(seed)
     score_T = torch.rand(len(tokens.x_TD), dtype=torch.float64, generator=draw) * 0.9 + 0.05
     feature_TF = torch.randn(len(tokens.x_TD), 6, dtype=torch.float64, generator=draw)
     if weighed:
         tokens = type(tokens)(tokens.x_TD, tokens.layout, torch.randint(1, 9, score_T.shape, generator=draw).double())
-    chance_T = chances(worth(mass=counted), score_T, tokens, feature_TF)
+    chance_T = chances(worth(mass=counted, pairs=pairs), score_T, tokens, feature_TF)
     for rows in rows_of(tokens.layout):
         patches = rows[2:]
         mass = [1.0] * len(patches) if tokens.mass_T is None or not counted else tokens.mass_T[patches].tolist()
-        wanted = oracle.chances(score_T[patches], mass, feature_TF[patches], (0.7, -0.4, 2.5))
+        wanted = oracle.chances(score_T[patches], mass, feature_TF[patches], (0.7, -0.4, 2.5), pairs)
         assert chance_T[patches].tolist() == pytest.approx(wanted, rel=1e-7, abs=1e-9)
 
 
-@given(images, seeds)
+@given(images, seeds, st.booleans())
 @settings(deadline=None)
-def test_the_padded_comparison_of_accelerators_is_the_loop(kept, seed):
+def test_the_padded_comparison_of_accelerators_is_the_loop(kept, seed, pairs):
     tokens = make_pack(kept, prefix=1, seed=seed)
     layout, draw = tokens.layout, torch.Generator().manual_seed(seed)
     relevance_T = torch.randint(1, 4, (len(tokens.x_TD),), generator=draw).double()  # ties
-    found_T = nearest_better(compare(tokens.x_TD, layout, relevance_T))
+    found_T = nearest_better(compare(tokens.x_TD, layout, relevance_T), pairs)
     for longest in (layout.longest, layout.longest + 2):
         layout.__dict__["_padding"] = one_bucket(layout.cu_B1, layout.image_T, longest)
-        torch.testing.assert_close(nearest_better(compare(tokens.x_TD, layout, relevance_T)), found_T)
+        torch.testing.assert_close(nearest_better(compare(tokens.x_TD, layout, relevance_T), pairs), found_T)
     assert (found_T[~layout.is_patch_T] == -1).all()
 
 
-def test_equal_lengths_take_the_batched_path_to_the_same_answer():
+@pytest.mark.parametrize("pairs", [False, True])
+def test_equal_lengths_take_the_batched_path_to_the_same_answer(pairs):
     kept = [[0, 3, 5], [1, 2, 11]]
     ragged, uniform = make_pack(kept, seed=3), make_pack(kept, seed=3, uniform=True)
     relevance_T = torch.tensor([0.0, 3, 1, 2, 0, 5, 5, 1], dtype=torch.float64)
-    torch.testing.assert_close(
-        nearest_better(compare(uniform.x_TD, uniform.layout, relevance_T)), nearest_better(compare(ragged.x_TD, ragged.layout, relevance_T))
-    )
+    found = [nearest_better(compare(tokens.x_TD, tokens.layout, relevance_T), pairs) for tokens in (ragged, uniform)]
+    torch.testing.assert_close(*found)
+
+
+@given(images, seeds, st.integers(1, 3))
+@settings(deadline=None)
+def test_of_patches_in_pairs_at_most_half_have_a_partner_even_if_all_are_alike(kept, seed, kinds):
+    """Partners are the more relevant of two; equal patches, equal ties and equal relevance among them."""
+    tokens = make_pack(kept, prefix=1, seed=seed)
+    draw = torch.Generator().manual_seed(seed)
+    rows = len(tokens.x_TD)
+    feature_TF = torch.eye(kinds, dtype=torch.float64)[torch.randint(kinds, (rows,), generator=draw)]
+    relevance_T = torch.randint(1, 4, (rows,), generator=draw).double()
+    every_T = nearest_better(compare(feature_TF, tokens.layout, relevance_T))
+    paired_T = nearest_better(compare(feature_TF, tokens.layout, relevance_T), pairs=True)
+    for _, *patches in rows_of(tokens.layout):
+        paired = paired_T[patches] > -1
+        assert paired.sum() <= len(patches) // 2
+        assert (paired_T[patches][paired] == every_T[patches][paired]).all()
+        if (every_T[patches] == 1).any():  # somebody has an equal, so somebody has a partner
+            assert paired.any()
+
+
+def test_the_closest_two_are_a_pair_and_a_third_is_not_redundant_for_their_sake():
+    """Relevance falls from left to right: the second is nearest to the first, the third nearest to the second, at a greater distance."""
+    angle = torch.tensor([0.0, 0.0, 0.1, 0.3, 1.5], dtype=torch.float64)
+    feature_TF = torch.stack([angle.cos(), angle.sin()], dim=1)
+    tokens = make_pack([[0, 1, 2, 3]], prefix=1)
+    relevance_T = torch.tensor([9.0, 4, 3, 2, 1], dtype=torch.float64)
+    found_T = nearest_better(compare(feature_TF, tokens.layout, relevance_T), pairs=True)
+    assert found_T.tolist() == pytest.approx([-1, -1, float(torch.tensor(0.1).cos()), -1, -1], abs=1e-6)
+    every_T = nearest_better(compare(feature_TF, tokens.layout, relevance_T))
+    assert every_T[3] == pytest.approx(float(torch.tensor(0.2).cos()), abs=1e-6)
+
+
+def test_pairs_without_comparing_are_refused():
+    with pytest.raises(ValueError, match="with redundancy=0 nothing is compared; leave pairs out"):
+        WorthConfig(pairs=True, redundancy=0.0)
+
+
+@pytest.mark.parametrize(("asked", "on_drop", "found"), [(None, "discard", True), (None, "merge", False), (False, "discard", False)])
+def test_training_asks_for_pairs_where_what_is_dropped_is_gone(asked, on_drop, found):
+    settings = TogetherSettings(on_drop=on_drop, worth=WorthConfig(pairs=asked))
+    assert reduced_for(settings, FAMILIES["deit"].build()).config.worth == WorthConfig(pairs=found)
+    assert reduced_for(TogetherSettings(on_drop="discard", worth=None), FAMILIES["deit"].build()).config.worth is None
+    bare = TogetherSettings(on_drop=on_drop, worth=WorthConfig(redundancy=0.0))
+    assert reduced_for(bare, FAMILIES["deit"].build()).config.worth == WorthConfig(redundancy=0.0, pairs=False)
+
+
+def test_pairs_decide_what_a_model_drops():
+    pixels, kept = FAMILIES["deit"].images(4), []
+    for pairs in (False, True):
+        model = ready(on_drop="discard", pairs=pairs)
+        with torch.no_grad():
+            kept.append(model.trace(pixels)[1].keep_GBN)
+    assert not torch.equal(*kept)
 
 
 def test_of_two_copies_one_stays():
@@ -161,19 +217,21 @@ def test_an_image_is_answered_the_same_alone_and_in_company(place):
             torch.testing.assert_close(model(pixels[index : index + 1])[0], together[index], rtol=1e-4, atol=1e-5)
 
 
-def ready(place: str = "between", on_drop: str = "merge") -> iared2.ReducedTransformer:
+def ready(place: str = "between", on_drop: str = "merge", pairs: bool | None = None) -> iared2.ReducedTransformer:
     """A model that drops different patches in different images."""
     interpreter = InterpreterConfig(policy="class", context=True)
     torch.manual_seed(0)
-    model = iared2.reduce(FAMILIES["deit"].build(), (1, 2, 3), interpreter=interpreter, worth=WorthConfig(), place=place, on_drop=on_drop)
+    worth = WorthConfig(pairs=pairs)
+    model = iared2.reduce(FAMILIES["deit"].build(), (1, 2, 3), interpreter=interpreter, worth=worth, place=place, on_drop=on_drop)
     for reducer in model.reducers:
         torch.nn.init.normal_(reducer.interpreter.query.weight, std=0.7)
         reducer.worth.offset.data.fill_(-1.0)
     return model.eval()
 
 
-def test_saved_and_loaded_it_is_the_same(tmp_path):
-    model, pixels = ready(), FAMILIES["deit"].images(3)
+@pytest.mark.parametrize("pairs", [None, True])
+def test_saved_and_loaded_it_is_the_same(tmp_path, pairs):
+    model, pixels = ready(pairs=pairs), FAMILIES["deit"].images(3)
     model.save_pretrained(tmp_path)
     again = iared2.load_reduced(tmp_path, backbone=FAMILIES["deit"].build())
     assert again.config == model.config and again.config.place == "between" and again.config.worth is not None
@@ -181,12 +239,12 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
 
 
 @pytest.mark.untyped
-@pytest.mark.parametrize("on_drop", ["discard", "merge", "fuse"])
-def test_compiled_it_is_the_same_for_all_lengths(on_drop):
+@pytest.mark.parametrize(("on_drop", "pairs"), [("discard", False), ("discard", True), ("merge", False), ("fuse", False)])
+def test_compiled_it_is_the_same_for_all_lengths(on_drop, pairs):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
-    model, counter = ready(on_drop=on_drop), CompileCounterWithBackend("eager")
+    model, counter = ready(on_drop=on_drop, pairs=pairs), CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter)
     with torch.no_grad():
         for step in range(8):

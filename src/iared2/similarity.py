@@ -44,19 +44,42 @@ def compare(features_TF: Float[Tensor, "T F"], layout: Layout, relevance_T: Floa
     return Cosines(layout, padding, [unit @ unit.transpose(1, 2) for unit in unit_bLF])
 
 
-def nearest_better(cosines: Cosines) -> Float[Tensor, " T"]:
+def nearest_better(cosines: Cosines, pairs: bool = False) -> Float[Tensor, " T"]:
     """Each patch's largest cosine to a patch of more relevance in its image; -1 where there is none, and for prefix rows.
 
     Args:
         cosines: ordered by relevance.
+        pairs: -1 also where the two are no pair: where another patch is closer to either of them, in the same sense. A patch is in one
+            pair at most, so of patches that are all alike no more than half have a partner.
     """
-    found = []
-    for cosine_bLL in cosines.cosine_bLL:
+    found, layout = [], cosines.layout
+    each = zip(cosines.cosine_bLL, cosines.padding.spread(layout.is_patch_T), cosines.padding.buckets, strict=True)
+    for cosine_bLL, patch_bL, bucket in each:
         length = cosine_bLL.shape[-1]
         # Those that are better stand before; the others are moved out of reach.
-        away_LL = cosine_bLL.new_full((length, length), -4.0).triu()
-        found.append((cosine_bLL + away_LL).amax(-1).clamp(-1.0, 1.0))
-    return cosines.padding.collect(found).masked_fill(~cosines.layout.is_patch_T, -1.0)
+        near_bLL = cosine_bLL + cosine_bLL.new_full((length, length), -4.0).triu()
+        if pairs:
+            near_bL = _near_partner(near_bLL, patch_bL if bucket.filled_bL is None else patch_bL & bucket.filled_bL)
+        else:
+            near_bL = near_bLL.amax(-1)
+        found.append(near_bL.clamp(-1.0, 1.0))
+    return cosines.padding.collect(found).masked_fill(~layout.is_patch_T, -1.0)
+
+
+def _near_partner(near_bLL: Float[Tensor, "_b _L _L"], patch_bL: Bool[Tensor, "_b _L"]) -> Float[Tensor, "_b _L"]:
+    """Of every patch's tie to its nearest better one, how close it is if no other tie at either end is as close; else -1.
+
+    Of equal ties that end at the same patch, that of the most relevant counts as closer.
+    """
+    near_bL, better_bL = near_bLL.max(-1)
+    near_bL = near_bL.masked_fill(~patch_bL, -4.0)  # prefix tokens and padding tie nobody
+    last = near_bL.shape[1]
+    place_bL = torch.arange(last, device=near_bL.device).expand_as(better_bL)
+    closest_bL = torch.full_like(near_bL, -4.0).scatter_reduce(1, better_bL, near_bL, "amax")  # of the ties that end here
+    level_bL = near_bL == closest_bL.gather(1, better_bL)
+    first_bL = torch.full_like(better_bL, last).scatter_reduce(1, better_bL, torch.where(level_bL, place_bL, last), "amin")
+    pair_bL = (first_bL.gather(1, better_bL) == place_bL) & (near_bL > closest_bL) & (near_bL > near_bL.gather(1, better_bL))
+    return torch.where(pair_bL, near_bL, -1.0)
 
 
 def nearest_among(cosines: Cosines, row_G: Int[Tensor, " G"], candidate_T: Bool[Tensor, " T"]) -> Int[Tensor, " G"]:

@@ -10,11 +10,15 @@ relevance in its image:
 
 The mean is over the image's patch tokens, so a chance compares a token with its neighbours and lies in [0, 1] whatever
 the scale of the scores. `redundancy` and `offset` are learned by the same reward as the interpreter.
+
+With `pairs` a patch has an s_i only if no other patch is closer to it or to the one it resembles (`similarity.nearest_better`); else
+s_i = -1. Attention is a vote, and where nobody counts for what is gone (discard), a crowd of which one is left has lost its votes. Of
+which half is left, as of much else, it keeps its weight. Where tokens are merged their carrier votes for all, and pairs say no more.
 """
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from iared2.settings import Settings
@@ -29,7 +33,22 @@ class WorthConfig(Settings):
 
     redundancy: float = Field(1.0, ge=0, description="first weight of the distance to the nearest better token; 0 leaves similarity out")
     mass: bool = Field(True, description="count a token by the patches it stands for; without, what is left follows the scores' shape")
+    pairs: bool | None = Field(
+        None,
+        description="a patch resembles one partner alone, to which no other is closer: of a crowd at most half goes at once; None: a "
+        "training decides, and says yes where what is dropped is gone",
+    )
     steepness: float = Field(4.0, gt=0, description="slope of chances: how fast a token's fate is settled around the threshold")
+
+    @model_validator(mode="after")
+    def _pairs_are_compared(self) -> "WorthConfig":
+        if self.pairs and not self.redundancy:
+            raise ValueError("pairs: got true, but with redundancy=0 nothing is compared; leave pairs out, or raise redundancy")
+        return self
+
+    def for_training(self, gone: bool) -> "WorthConfig":
+        """These settings with `pairs` decided: where what is dropped is gone."""
+        return self if self.pairs is not None else self.model_copy(update={"pairs": gone and self.redundancy > 0})
 
 
 class Worth(nn.Module):
@@ -68,5 +87,5 @@ class Worth(nn.Module):
         z_T = (relevance_T.clamp(min=_LEAST) / mean_B.clamp(min=_LEAST)[layout.image_T]).log()
         if not self.compares or cosines is None:
             return z_T
-        similar_T = nearest_better(cosines).to(z_T.dtype)
+        similar_T = nearest_better(cosines, bool(self.config.pairs)).to(z_T.dtype)
         return z_T + self.redundancy * (1 - similar_T).clamp(min=_LEAST).log()

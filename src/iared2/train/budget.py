@@ -55,7 +55,8 @@ def reduced_for(settings: TogetherSettings, backbone: nn.Module) -> ReducedTrans
         interpreter = interpreter.model_copy(update={"context": False})
     if interpreter.policy == "class" and not adapter.has_class_token:
         interpreter = interpreter.model_copy(update={"policy": "learned"})
-    parts: dict[str, Any] = {"place": place, "worth": settings.worth, "keep_length": settings.keep_length}
+    worth = settings.worth and settings.worth.for_training(gone=settings.on_drop == "discard")
+    parts: dict[str, Any] = {"place": place, "worth": worth, "keep_length": settings.keep_length}
     parts |= {"similarity": settings.similarity, "weights": settings.weights, "skip_unread": settings.skip_unread}
     return reduce(backbone, blocks, interpreter=interpreter, on_drop=settings.on_drop, **parts)
 
