@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 MOST_BUCKETS = 4
+STEP = 16  # lengths of buckets are multiples of it: attention of 128 tokens takes half to three quarters of the time of 127
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def one_bucket(cu_B1: Int[Tensor, " B1"], image_T: Int[Tensor, " T"], longest: i
 
 
 def buckets_by_length(offsets: Sequence[int]) -> Padding:
-    """Images sorted by length into a few buckets (at most sqrt(B)), each padded to its longest image."""
+    """Images sorted by length into a few buckets (at most sqrt(B)), each padded to the next `STEP` from its longest image on."""
     offset_B1 = torch.tensor(offsets)
     length_B = offset_B1.diff()
     order_B = length_B.argsort(stable=True)
@@ -86,7 +87,8 @@ def buckets_by_length(offsets: Sequence[int]) -> Padding:
     place_T, first, buckets = torch.empty(offsets[-1], dtype=torch.int64), 0, []
     for image_b in order_B.chunk(count):
         length_b, start_b = length_B[image_b, None], offset_B1[image_b, None]
-        step_L = torch.arange(max([1, *length_b[-1:].flatten().tolist()]))  # one place at least: reductions over none are errors
+        longest = max([1, *length_b[-1:].flatten().tolist()])  # one place at least: reductions over none are errors
+        step_L = torch.arange(-(-longest // STEP) * STEP)
         filled_bL = step_L < length_b
         row_bL = torch.where(filled_bL, start_b + step_L, start_b.clamp(max=max(0, offsets[-1] - 1)))
         place_T[row_bL[filled_bL]] = first + filled_bL.flatten().nonzero().squeeze(1)
