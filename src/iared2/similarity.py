@@ -40,7 +40,10 @@ def compare(features_TF: Float[Tensor, "T F"], layout: Layout, relevance_T: Floa
     padding = layout.padding
     if relevance_T is not None:
         padding = _by_relevance(padding, relevance_T.masked_fill(~layout.is_patch_T, float("-inf")))
-    unit_bLF = [F.normalize(feature_bLF, dim=-1) for feature_bLF in padding.spread(features_TF)]
+    unit_TF, device = F.normalize(features_TF, dim=-1), features_TF.device.type
+    if torch.is_autocast_enabled(device):  # the products would make two copies of what is padded
+        unit_TF = unit_TF.to(torch.get_autocast_dtype(device))
+    unit_bLF = padding.spread(unit_TF)
     return Cosines(layout, padding, [unit @ unit.transpose(1, 2) for unit in unit_bLF])
 
 
@@ -96,8 +99,8 @@ def nearest_among(cosines: Cosines, row_G: Int[Tensor, " G"], candidate_T: Bool[
         place_g = place_G[asked] - first
         image_g = place_g.div(length, rounding_mode="floor")
         here_bL = candidate_bL if bucket.filled_bL is None else candidate_bL & bucket.filled_bL
-        here_gL = here_bL[image_g]
-        best_g = cosine_bLL.flatten(0, 1)[place_g].masked_fill(~here_gL, float("-inf")).argmax(-1, keepdim=True)
+        here_gL = here_bL.index_select(0, image_g)
+        best_g = cosine_bLL.flatten(0, 1).index_select(0, place_g).masked_fill(~here_gL, float("-inf")).argmax(-1, keepdim=True)
         found_g = torch.where(here_gL.any(1), bucket.row_bL[image_g].gather(1, best_g).squeeze(1), GONE)
         nearest_G[asked] = found_g
         first = last

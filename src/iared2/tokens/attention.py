@@ -125,6 +125,10 @@ def class_logits(q_THK: Float[Tensor, "T H K"], k_THK: Float[Tensor, "T H K"], l
     """What each image's first token attends to: q k^T / sqrt(K) of every row, mass left out, in fp32 at least."""
     exact = torch.promote_types(q_THK.dtype, torch.float32)
     first_BHK = q_THK[layout.cu_B1[:-1].long()].to(exact) * q_THK.shape[-1] ** -0.5
+    if layout.padding.lengths:  # image by image: moving keys would take longer
+        return torch.cat(
+            [(k_LHK * first_HK).sum(-1) for k_LHK, first_HK in zip(k_THK.split(layout.padding.lengths), first_BHK, strict=True)]
+        )
     with torch.autocast(q_THK.device.type, enabled=False):
         out = []
         for k_bLHK, bucket in zip(layout.padding.spread(k_THK), layout.padding.buckets, strict=True):

@@ -231,7 +231,7 @@ def pick_images(tokens: PackedTokens, index_I: Int[Tensor, " I"]) -> PackedToken
     )
     mass_S = None if tokens.mass_T is None else tokens.mass_T[row_S]
     merged_IN = None if tokens.merged_BN is None else tokens.merged_BN[index_I]
-    return PackedTokens(tokens.x_TD[row_S], alone, mass_S, merged_IN)
+    return PackedTokens(tokens.x_TD.index_select(0, row_S), alone, mass_S, merged_IN)
 
 
 def select(keep_T: Bool[Tensor, " T"], layout: Layout) -> Selection:
@@ -289,7 +289,7 @@ def take(tokens: PackedTokens, chosen: Selection) -> PackedTokens:
         alive_BN = scatter_places(torch.ones_like(kept.origin_T), kept) > 0
         reached_BN = alive_BN.gather(1, merged_BN.clamp(min=0)) & (merged_BN >= 0)
         merged_BN = torch.where(reached_BN, merged_BN, GONE)
-    return PackedTokens(tokens.x_TD[chosen.index_S], kept, mass_S, merged_BN)
+    return PackedTokens(tokens.x_TD.index_select(0, chosen.index_S), kept, mass_S, merged_BN)
 
 
 def prefix_alone(tokens: PackedTokens) -> PackedTokens:
@@ -369,14 +369,14 @@ def _averaged(x_TD: Tensor, counts_T: Tensor, index_S: Tensor, gone_G: Tensor, s
     # All that lies in heaps: first one receiver per heap, then the dropped rows.
     heap_G2 = torch.cat([torch.arange(gone_G.shape[0], device=gone_G.device), heap_G])
     row_G2 = torch.cat([index_S[receiver_G], gone_G])
-    part_G2D, count_G2 = x_TD[row_G2].to(counts_T.dtype), counts_T[row_G2]
+    part_G2D, count_G2 = x_TD.index_select(0, row_G2).to(counts_T.dtype), counts_T[row_G2]
     zeros_GD = part_G2D.new_zeros(gone_G.shape[0], part_G2D.shape[1])
     total_G = zeros_GD[:, 0].index_add(0, heap_G2, count_G2)
     mean_GD = zeros_GD.index_add(0, heap_G2, part_G2D * count_G2[:, None]) / total_G[:, None]
     if keep_length:
         length_G = zeros_GD[:, 0].index_add(0, heap_G2, part_G2D.norm(dim=1) * count_G2) / total_G
         mean_GD = torch.nn.functional.normalize(mean_GD, dim=1) * length_G[:, None]
-    return x_TD[index_S].index_copy(0, receiver_G, mean_GD.to(x_TD.dtype))
+    return x_TD.index_select(0, index_S).index_copy_(0, receiver_G, mean_GD.to(x_TD.dtype))
 
 
 def scatter_places(value_T: Tensor, layout: Layout) -> Tensor:

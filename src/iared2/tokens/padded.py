@@ -40,10 +40,12 @@ class Padding:
     Attributes:
         buckets: the buckets.
         place_T: where each packed row lies among all places, one bucket after the other; None means in order.
+        lengths: rows per image where images differ and the host knows it.
     """
 
     buckets: tuple[Bucket, ...]
     place_T: Int[Tensor, " T"] | None = None
+    lengths: tuple[int, ...] | None = None
 
     def spread(self, value_T: Tensor) -> list[Tensor]:
         """(T, ...) values of packed rows, bucket by bucket: (b, L, ...)."""
@@ -94,13 +96,16 @@ def buckets_by_length(offsets: Sequence[int]) -> Padding:
         place_T[row_bL[filled_bL]] = first + filled_bL.flatten().nonzero().squeeze(1)
         first += row_bL.numel()
         buckets.append(Bucket(row_bL, image_b, None if bool(filled_bL.all()) else filled_bL))
-    return Padding(tuple(buckets), place_T)
+    return Padding(tuple(buckets), place_T, tuple(length_B.tolist()))
 
 
 def times_own_matrix(x_TD: Float[Tensor, "T D"], weight_BDH: Float[Tensor, "B D H"], padding: Padding) -> Float[Tensor, "T H"]:
     """Each row times the matrix of its image, in fp32 at least."""
     exact, out = torch.promote_types(x_TD.dtype, torch.float32), []
     with torch.autocast(x_TD.device.type, enabled=False):
+        if padding.lengths:  # one small product per image: moving rows would take longer
+            parts = zip(x_TD.to(exact).split(padding.lengths), weight_BDH.to(exact), strict=True)
+            return torch.cat([x_LD @ weight_DH for x_LD, weight_DH in parts])
         for x_bLD, bucket in zip(padding.spread(x_TD), padding.buckets, strict=True):
             weight_bDH = weight_BDH if bucket.image_b is None else weight_BDH[bucket.image_b]
             out.append(x_bLD.to(exact) @ weight_bDH.to(exact))
