@@ -12,7 +12,7 @@ from iared2.errors import ConfigError
 from iared2.interpreter import InterpreterConfig, relative_log
 from iared2.similarity import compare, nearest_better
 from iared2.tokens.attention import class_logits
-from iared2.tokens.padded import one_bucket
+from iared2.tokens.padded import one_bucket, times_own_matrix
 from iared2.train.budget import reduced_for
 from iared2.train.together_settings import TogetherSettings
 from iared2.worth import Worth, WorthConfig
@@ -166,6 +166,21 @@ def test_class_logits_are_the_first_tokens_attention():
             assert logit_TH[rows, head].tolist() == pytest.approx(wanted, rel=1e-5)
             a = torch.tensor(wanted[1:]).softmax(0)
             assert relative_log(logit_TH, tokens.layout)[rows[1:], head].tolist() == pytest.approx((a * len(a)).log().tolist(), abs=1e-5)
+
+
+@given(images, seeds)
+@settings(deadline=None)
+def test_images_one_by_one_are_images_side_by_side(kept, seed):
+    """What the host does image by image is what accelerators do in one padded product."""
+    layout, draw = make_pack(kept, seed=seed).layout, torch.Generator().manual_seed(seed)
+    rows = len(layout.image_T)
+    x_TD, weight_BDH = torch.randn(rows, 5, generator=draw), torch.randn(len(kept), 5, 2, generator=draw)
+    q_THK, k_THK = (torch.randn(rows, 2, 3, generator=draw) for _ in range(2))
+    assert layout.padding.lengths == tuple(layout.lengths)
+    found = times_own_matrix(x_TD, weight_BDH, layout.padding), class_logits(q_THK, k_THK, layout)
+    layout.__dict__["_padding"] = one_bucket(layout.cu_B1, layout.image_T, layout.longest)
+    wanted = times_own_matrix(x_TD, weight_BDH, layout.padding), class_logits(q_THK, k_THK, layout)
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("place", ["before", "between"])
