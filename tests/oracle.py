@@ -67,15 +67,26 @@ def chances(
     relevance = [float(s) * m for s, m in zip(score_S, mass, strict=True)]
     mean = sum(relevance) / len(relevance)
     ties = nearest_better(relevance, feature_SF)
+    if pairs:
+        ties = [tie if is_pair(i, ties, relevance) else (-1.0, None) for i, tie in enumerate(ties)]
     found = []
     for i, mine in enumerate(relevance):
-        best, better = ties[i]
-        if pairs and better is not None:
-            others = [ties[k][0] for k in range(len(relevance)) if k != i and {k, ties[k][1]} & {i, better} and ties[k][1] is not None]
-            best = best if all(best > other for other in others) else -1.0
+        best, _ = ties[i]
         z = math.log(mine / mean) + redundancy * math.log(max(1 - best, 1e-6))
         found.append(1 / (1 + math.exp(-steepness * (z - offset))))
     return found
+
+
+def is_pair(i: int, ties: list[tuple[float, int | None]], relevance: list[float]) -> bool:
+    """Whether no other tie at either end of row i's is as close; of equal ties to the same row the most relevant row's comes first."""
+    mine, better = ties[i]
+    for k, (other, goal) in enumerate(ties):
+        if k == i or goal is None or not {k, goal} & {i, better}:
+            continue
+        later = goal == better and (relevance[k], -k) < (relevance[i], -i)  # it would have to be closer
+        if other > mine or (other == mine and not later):
+            return False
+    return better is not None
 
 
 def nearest_better(relevance: list[float], feature_SF: Tensor) -> list[tuple[float, int | None]]:
@@ -83,7 +94,7 @@ def nearest_better(relevance: list[float], feature_SF: Tensor) -> list[tuple[flo
     ties: list[tuple[float, int | None]] = []
     for i, mine in enumerate(relevance):
         best: tuple[float, int | None] = (-1.0, None)
-        for j, other in enumerate(relevance):
+        for j, other in sorted(enumerate(relevance), key=lambda pair: -pair[1]):  # of equally close ones the most relevant
             if other > mine or (other == mine and j < i):
                 cosine = float(feature_SF[i] @ feature_SF[j] / (feature_SF[i].norm() * feature_SF[j].norm()))
                 best = (cosine, j) if cosine > best[0] else best

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import iared2
 from families import FAMILIES
-from iared2.budget import Budget, curve, parse_budget, powered, solve_power
+from iared2.budget import CURVE, CURVE_IN_PAIRS, CURVE_OF_THE_GONE, Budget, curve, parse_budget, powered, solve_power
 from iared2.cli import main
 from iared2.errors import ConfigError, DataError
 from iared2.evaluate.calibrate import Calibrator, _boundary
@@ -54,25 +54,35 @@ def test_a_budget_of_the_dense_model_or_more_is_refused():
 
 @pytest.mark.parametrize("depth", [4, 12, 24, 40])
 @pytest.mark.parametrize("between", [False, True])
-@pytest.mark.parametrize("merges", [False, True])
-def test_the_curve_falls_with_depth(depth, between, merges):
-    ratios = curve(depth, range(1, depth), between, merges)
+@pytest.mark.parametrize("how", [(True, False), (False, False), (False, True)])
+def test_the_curve_falls_with_depth(depth, between, how):
+    ratios = curve(depth, range(1, depth), between, *how)
     assert all(1 >= a >= b > 0 for a, b in zip(ratios[:-1], ratios[1:], strict=True))
 
 
 def test_what_is_gone_for_good_goes_at_once():
     """At one cost, the plain schedule without a hand-over leaves less after the first reduction and more after the last."""
 
-    def ratios(merges):
-        plain = curve(12, (3, 4, 5, 7, 9), True, merges)
+    def ratios(*how):
+        plain = curve(12, (3, 4, 5, 7, 9), True, *how)
 
         def cost(ratios):
             return (4 + sum(ratio * blocks for ratio, blocks in zip(ratios, (1, 1, 2, 2, 2), strict=True))) / 12
 
         return powered(plain, solve_power(cost, plain, 0.6))
 
-    carried, gone = ratios(True), ratios(False)
-    assert gone[0] < carried[0] and gone[-1] > carried[-1]
+    carried, gone, paired = ratios(True), ratios(False), ratios(False, True)
+    assert gone[0] < paired[0] < carried[0] and gone[-1] > carried[-1] and paired[-1] > carried[-1]
+
+
+@pytest.mark.parametrize(
+    ("on_drop", "pairs", "wanted"),
+    [("merge", None, CURVE), ("fuse", None, CURVE_OF_THE_GONE), ("discard", False, CURVE_OF_THE_GONE), ("discard", True, CURVE_IN_PAIRS)],
+)
+def test_the_plain_schedule_follows_what_becomes_of_patches(on_drop, pairs, wanted):
+    reduced = model(on_drop=on_drop, worth=WorthConfig(pairs=pairs))
+    places = [12 * (block + 1) // reduced.adapter.depth for block in reduced.config.first_blocks]
+    assert calibrator(reduced).plain_curve() == pytest.approx([wanted[place] for place in places])
 
 
 @given(st.floats(0.35, 0.95))

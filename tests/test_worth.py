@@ -1,5 +1,7 @@
 """What a token is worth: against pair-by-pair loops in float64, on every path the library takes."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,11 +14,11 @@ from iared2.errors import ConfigError
 from iared2.interpreter import InterpreterConfig, relative_log
 from iared2.similarity import compare, nearest_better
 from iared2.tokens.attention import class_logits
-from iared2.tokens.padded import one_bucket, times_own_matrix
+from iared2.tokens.padded import LONG, STEP, one_bucket, times_own_matrix
 from iared2.train.budget import reduced_for
 from iared2.train.together_settings import TogetherSettings
 from iared2.worth import Worth, WorthConfig
-from packs import make_pack, rows_of, seeds, some_places
+from packs import make_layout, make_pack, rows_of, seeds, some_places
 
 images = st.lists(some_places, min_size=1, max_size=4)
 
@@ -52,7 +54,7 @@ def test_chances_are_the_oracles(kept, seed, weighed, counted, pairs):
 
 @given(images, seeds, st.booleans())
 @settings(deadline=None)
-def test_the_padded_comparison_of_accelerators_is_the_loop(kept, seed, pairs):
+def test_the_padded_comparison_of_accelerators_is_that_of_the_host(kept, seed, pairs):
     tokens = make_pack(kept, prefix=1, seed=seed)
     layout, draw = tokens.layout, torch.Generator().manual_seed(seed)
     relevance_T = torch.randint(1, 4, (len(tokens.x_TD),), generator=draw).double()  # ties
@@ -70,6 +72,33 @@ def test_equal_lengths_take_the_batched_path_to_the_same_answer(pairs):
     relevance_T = torch.tensor([0.0, 3, 1, 2, 0, 5, 5, 1], dtype=torch.float64)
     found = [nearest_better(compare(tokens.x_TD, tokens.layout, relevance_T), pairs) for tokens in (ragged, uniform)]
     torch.testing.assert_close(*found)
+
+
+@given(images, seeds, st.integers(0, 3), st.booleans(), st.integers(0, 3))
+@settings(deadline=None)
+def test_pairs_are_the_loops_whatever_is_level(kept, seed, prefix, apart, padded):
+    """Angles of few values, so that cosines and relevance are level in any combination; with prefix tokens and without."""
+    tokens = make_pack(kept, prefix=prefix, seed=seed)
+    layout, draw = tokens.layout, torch.Generator().manual_seed(seed)
+    rows = len(layout.image_T)
+    step_T = torch.randint(4, (rows,), generator=draw)
+    feature_TF = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1], [1, -1, 1, 1]], dtype=torch.float64)[step_T]
+    score_T = (torch.randperm(rows, generator=draw) + 1 if apart else torch.randint(1, 4, (rows,), generator=draw)).double() / 100
+    if padded:
+        layout.__dict__["_padding"] = one_bucket(layout.cu_B1, layout.image_T, layout.longest + padded - 1)
+    chance_T = chances(worth(pairs=True), score_T, tokens, feature_TF)
+    for owned in rows_of(layout):
+        patches = owned[prefix:]
+        wanted = oracle.chances(score_T[patches], [1.0] * len(patches), feature_TF[patches], (0.7, -0.4, 2.5), pairs=True)
+        assert chance_T[patches].tolist() == pytest.approx(wanted, rel=1e-7, abs=1e-9)
+
+
+def test_damage_shows_in_pairs_too():
+    tokens = make_pack([[0, 1, 2, 3]], prefix=1, seed=0)
+    feature_TF = tokens.x_TD.clone()
+    feature_TF[2] = float("nan")
+    found_T = nearest_better(compare(feature_TF, tokens.layout, torch.tensor([0.0, 4, 3, 2, 1], dtype=torch.float64)), pairs=True)
+    assert found_T[1:].isnan().any()
 
 
 @given(images, seeds, st.integers(1, 3))
@@ -108,13 +137,15 @@ def test_pairs_without_comparing_are_refused():
         WorthConfig(pairs=True, redundancy=0.0)
 
 
-@pytest.mark.parametrize(("asked", "on_drop", "found"), [(None, "discard", True), (None, "merge", False), (False, "discard", False)])
+@pytest.mark.parametrize(
+    ("asked", "on_drop", "found"), [(None, "discard", True), (None, "merge", None), (None, "fuse", None), (False, "discard", False)]
+)
 def test_training_asks_for_pairs_where_what_is_dropped_is_gone(asked, on_drop, found):
     settings = TogetherSettings(on_drop=on_drop, worth=WorthConfig(pairs=asked))
     assert reduced_for(settings, FAMILIES["deit"].build()).config.worth == WorthConfig(pairs=found)
     assert reduced_for(TogetherSettings(on_drop="discard", worth=None), FAMILIES["deit"].build()).config.worth is None
     bare = TogetherSettings(on_drop=on_drop, worth=WorthConfig(redundancy=0.0))
-    assert reduced_for(bare, FAMILIES["deit"].build()).config.worth == WorthConfig(redundancy=0.0, pairs=False)
+    assert reduced_for(bare, FAMILIES["deit"].build()).config.worth == WorthConfig(redundancy=0.0)
 
 
 def test_pairs_decide_what_a_model_drops():
@@ -168,19 +199,24 @@ def test_class_logits_are_the_first_tokens_attention():
             assert relative_log(logit_TH, tokens.layout)[rows[1:], head].tolist() == pytest.approx((a * len(a)).log().tolist(), abs=1e-5)
 
 
-@given(images, seeds)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=4), seeds, st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
 @settings(deadline=None)
-def test_images_one_by_one_are_images_side_by_side(kept, seed):
-    """What the host does image by image is what accelerators do in one padded product."""
-    layout, draw = make_pack(kept, seed=seed).layout, torch.Generator().manual_seed(seed)
+def test_images_one_by_one_are_images_side_by_side(patches, seed, dtype):
+    """What the host does image by image where images are long is what accelerators do in one padded product."""
+    layout, draw = make_layout([list(range(count)) for count in patches], 1, (1, 60)), torch.Generator().manual_seed(seed)
     rows = len(layout.image_T)
-    x_TD, weight_BDH = torch.randn(rows, 5, generator=draw), torch.randn(len(kept), 5, 2, generator=draw)
-    q_THK, k_THK = (torch.randn(rows, 2, 3, generator=draw) for _ in range(2))
-    assert layout.padding.lengths == tuple(layout.lengths)
+    x_TD, weight_BDH = torch.randn(rows, 5, generator=draw).to(dtype), torch.randn(len(patches), 5, 2, generator=draw).to(dtype)
+    q_THK, k_THK = (torch.randn(rows, 2, 3, generator=draw).to(dtype) for _ in range(2))
+    long = sum(layout.lengths) >= LONG * len(patches)
+    assert layout.padding.lengths == (tuple(layout.lengths) if long else None)
+    for bucket in layout.padding.buckets:
+        longest = max(layout.lengths[image] for image in bucket.image_b.tolist())
+        assert bucket.row_bL.shape[1] == (longest if longest < LONG else math.ceil(longest / STEP) * STEP)
     found = times_own_matrix(x_TD, weight_BDH, layout.padding), class_logits(q_THK, k_THK, layout)
     layout.__dict__["_padding"] = one_bucket(layout.cu_B1, layout.image_T, layout.longest)
     wanted = times_own_matrix(x_TD, weight_BDH, layout.padding), class_logits(q_THK, k_THK, layout)
-    torch.testing.assert_close(found, wanted)
+    assert found[0].dtype == found[1].dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("place", ["before", "between"])

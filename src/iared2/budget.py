@@ -14,9 +14,11 @@ from iared2.errors import ConfigError
 # Share of patches left at relative depth 0, 1/12, ..., 1 of a plain ViT, for about half of the multiply-adds: few go early, where
 # scores know little and similarity decides; most go in the middle, where one patch costs much and says little that is its own.
 CURVE = (1.0, 1.0, 1.0, 0.98, 0.77, 0.52, 0.39, 0.31, 0.25, 0.20, 0.16, 0.13, 0.10)
-# The same where no kept patch stands for what is dropped. A patch that is gone is then missed by all blocks that follow alike: most of
-# what can go goes at once, as far as crowds may be thinned at a time (`worth`), and the others stay long.
-CURVE_OF_THE_GONE = (0.74, 0.70, 0.66, 0.62, 0.57, 0.495, 0.46, 0.43, 0.395, 0.35, 0.31, 0.28, 0.25)
+# The same where no kept patch stands for what is dropped. A patch that is gone is then missed by all blocks that follow alike: what can
+# go at all goes at once, and the others stay long.
+CURVE_OF_THE_GONE = (0.54, 0.53, 0.52, 0.51, 0.50, 0.49, 0.48, 0.44, 0.40, 0.35, 0.30, 0.27, 0.24)
+# The same where patches are redundant in pairs alone (`worth`), so that not all that can go can go at once.
+CURVE_IN_PAIRS = (0.74, 0.70, 0.66, 0.62, 0.57, 0.495, 0.46, 0.43, 0.395, 0.35, 0.31, 0.28, 0.25)
 
 LARGEST = 12.0  # power of a schedule; beyond it next to nothing is left
 
@@ -65,14 +67,16 @@ def parse_budget(text: str) -> Budget:
     return Budget("share" if kind == "share" else "macs", float(match[1]) * factor)
 
 
-def curve(depth: int, blocks: Sequence[int], between: bool, merges: bool = True) -> tuple[float, ...]:
+def curve(depth: int, blocks: Sequence[int], between: bool, merges: bool = True, pairs: bool = False) -> tuple[float, ...]:
     """The plain schedule at these blocks of a backbone of `depth` blocks, read off at each block's relative depth.
 
     Args:
         between: whether patches are dropped between the halves of the blocks.
         merges: whether dropped patches are merged into similar kept ones (`CURVE`), or gone, or in one summary (`CURVE_OF_THE_GONE`).
+        pairs: whether those that are gone are redundant in pairs alone (`CURVE_IN_PAIRS`).
     """
-    known, ratios = CURVE if merges else CURVE_OF_THE_GONE, []
+    gone, ratios = CURVE_IN_PAIRS if pairs else CURVE_OF_THE_GONE, []
+    known = CURVE if merges else gone
     for block in blocks:
         place = (block + 1 if between else block) * (len(known) - 1) / depth
         low = min(int(place), len(known) - 2)

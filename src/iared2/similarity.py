@@ -41,7 +41,7 @@ def compare(features_TF: Float[Tensor, "T F"], layout: Layout, relevance_T: Floa
     if relevance_T is not None:
         padding = _by_relevance(padding, relevance_T.masked_fill(~layout.is_patch_T, float("-inf")))
     unit_TF, device = F.normalize(features_TF, dim=-1), features_TF.device.type
-    if torch.is_autocast_enabled(device):  # the products would make two copies of what is padded
+    if unit_TF.dtype == torch.float32 and torch.is_autocast_enabled(device):  # the products would make two copies of what is padded
         unit_TF = unit_TF.to(torch.get_autocast_dtype(device))
     unit_bLF = padding.spread(unit_TF)
     return Cosines(layout, padding, [unit @ unit.transpose(1, 2) for unit in unit_bLF])
@@ -52,8 +52,8 @@ def nearest_better(cosines: Cosines, pairs: bool = False) -> Float[Tensor, " T"]
 
     Args:
         cosines: ordered by relevance.
-        pairs: -1 also where the two are no pair: where another patch is closer to either of them, in the same sense. A patch is in one
-            pair at most, so of patches that are all alike no more than half have a partner.
+        pairs: a patch and its nearest better one are tied; -1 also where another tie at either end is as close. A patch is in one pair at
+            most, so of patches that are all alike no more than half have a partner.
     """
     found, layout = [], cosines.layout
     each = zip(cosines.cosine_bLL, cosines.padding.spread(layout.is_patch_T), cosines.padding.buckets, strict=True)
@@ -76,13 +76,13 @@ def _near_partner(near_bLL: Float[Tensor, "_b _L _L"], patch_bL: Bool[Tensor, "_
     """
     near_bL, better_bL = near_bLL.max(-1)
     near_bL = near_bL.masked_fill(~patch_bL, -4.0)  # prefix tokens and padding tie nobody
-    last = near_bL.shape[1]
-    place_bL = torch.arange(last, device=near_bL.device).expand_as(better_bL)
+    nobody = near_bL.shape[1]
+    place_bL = torch.arange(nobody, device=near_bL.device).expand_as(better_bL)
     closest_bL = torch.full_like(near_bL, -4.0).scatter_reduce(1, better_bL, near_bL, "amax")  # of the ties that end here
     level_bL = near_bL == closest_bL.gather(1, better_bL)
-    first_bL = torch.full_like(better_bL, last).scatter_reduce(1, better_bL, torch.where(level_bL, place_bL, last), "amin")
+    first_bL = torch.full_like(better_bL, nobody).scatter_reduce(1, better_bL, torch.where(level_bL, place_bL, nobody), "amin")
     pair_bL = (first_bL.gather(1, better_bL) == place_bL) & (near_bL > closest_bL) & (near_bL > near_bL.gather(1, better_bL))
-    return torch.where(pair_bL, near_bL, -1.0)
+    return torch.where(pair_bL | near_bL.isnan(), near_bL, -1.0)  # damage shows
 
 
 def nearest_among(cosines: Cosines, row_G: Int[Tensor, " G"], candidate_T: Bool[Tensor, " T"]) -> Int[Tensor, " G"]:

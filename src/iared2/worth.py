@@ -11,9 +11,11 @@ relevance in its image:
 The mean is over the image's patch tokens, so a chance compares a token with its neighbours and lies in [0, 1] whatever
 the scale of the scores. `redundancy` and `offset` are learned by the same reward as the interpreter.
 
-With `pairs` a patch has an s_i only if no other patch is closer to it or to the one it resembles (`similarity.nearest_better`); else
-s_i = -1. Attention is a vote, and where nobody counts for what is gone (discard), a crowd of which one is left has lost its votes. Of
-which half is left, as of much else, it keeps its weight. Where tokens are merged their carrier votes for all, and pairs say no more.
+A patch and its most similar better one are tied. With `pairs` a tie counts only if no other tie at either of its ends is as close
+(`similarity.nearest_better`), else s_i = -1: then every patch is in one pair at most, and at most half of a crowd is redundant at a
+time. Attention is a vote, and where nobody counts for what is gone (discard), a crowd of which one patch is left has lost its votes.
+Where tokens are merged their carrier votes for all, and pairs say no more. A tie that is closest by a hair is so by rounding: in half
+precision pairs are others than in full.
 """
 
 import torch
@@ -35,8 +37,8 @@ class WorthConfig(Settings):
     mass: bool = Field(True, description="count a token by the patches it stands for; without, what is left follows the scores' shape")
     pairs: bool | None = Field(
         None,
-        description="a patch resembles one partner alone, to which no other is closer: of a crowd at most half goes at once; None: a "
-        "training decides, and says yes where what is dropped is gone",
+        description="similarity counts within pairs alone, so that at most half of a crowd is redundant at a time; None: no, but a training "
+        "from scratch says yes where what is dropped is gone",
     )
     steepness: float = Field(4.0, gt=0, description="slope of chances: how fast a token's fate is settled around the threshold")
 
@@ -47,8 +49,8 @@ class WorthConfig(Settings):
         return self
 
     def for_training(self, gone: bool) -> "WorthConfig":
-        """These settings with `pairs` decided: where what is dropped is gone."""
-        return self if self.pairs is not None else self.model_copy(update={"pairs": gone and self.redundancy > 0})
+        """These settings, with pairs where what is dropped is gone and nobody has said otherwise."""
+        return self.model_copy(update={"pairs": True}) if gone and self.pairs is None and self.redundancy else self
 
 
 class Worth(nn.Module):

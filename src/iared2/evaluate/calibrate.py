@@ -140,7 +140,8 @@ class Calibrator:
     def plain_curve(self) -> tuple[float, ...]:
         """The plain schedule at this model's reductions."""
         config = self.model.config
-        return curve(self.model.adapter.depth, config.first_blocks, config.place == "between", config.on_drop == "merge")
+        pairs = config.worth is not None and bool(config.worth.pairs)
+        return curve(self.model.adapter.depth, config.first_blocks, config.place == "between", config.on_drop == "merge", pairs)
 
     def around(self, share: float, parts: Sequence[float]) -> Iterator[Expectation]:
         """What thresholds for budgets around `share` would do, as far as they can be reached; leaves the model at the last."""

@@ -4,7 +4,7 @@
 |---|---|
 | `uniform`  | all images have the same length by construction: one call of PyTorch's fused attention |
 | `varlen`   | CUDA in half precision: one call of the variable-length flash kernel |
-| `buckets`  | elsewhere: one fused call per bucket of images of similar length, padded to the longest (`padded`) |
+| `buckets`  | elsewhere: one fused call per bucket of images of similar length, padded to one (`padded`) |
 | `masked`   | the readable reference: a block-diagonal mask over the whole pack, O(T^2) |
 
 Mass enters as log(mass) added to the scores of a key (ToMe, "proportional attention"). The variable-length
@@ -125,7 +125,7 @@ def class_logits(q_THK: Float[Tensor, "T H K"], k_THK: Float[Tensor, "T H K"], l
     """What each image's first token attends to: q k^T / sqrt(K) of every row, mass left out, in fp32 at least."""
     exact = torch.promote_types(q_THK.dtype, torch.float32)
     first_BHK = q_THK[layout.cu_B1[:-1].long()].to(exact) * q_THK.shape[-1] ** -0.5
-    if layout.padding.lengths:  # image by image: moving keys would take longer
+    if layout.padding.lengths is not None:  # image by image: moving keys would take longer
         return torch.cat(
             [(k_LHK * first_HK).sum(-1) for k_LHK, first_HK in zip(k_THK.split(layout.padding.lengths), first_BHK, strict=True)]
         )

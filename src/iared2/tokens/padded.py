@@ -1,8 +1,9 @@
 """Padding: images of similar length side by side, for products within each image.
 
 Blocks compute on packed tokens and never on padding. What compares an image's tokens with one another (attention,
-similarity) or multiplies them by the image's own matrix is a batched product, and one call per image would cost more
-than the products themselves. Where the host knows the lengths, images are sorted into a few buckets by length, so that
+similarity) or multiplies them by the image's own matrix is a batched product, because one call per image would cost more
+than the products themselves; but on the host, where images are long, a matrix of a few columns is multiplied image by image,
+because moving rows would cost more. Where the host knows the lengths, images are sorted into a few buckets by length, so that
 little is padded; elsewhere (accelerators, compiled graphs) there is one bucket, and nobody waits for the device.
 """
 
@@ -15,7 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 MOST_BUCKETS = 4
-STEP = 16  # lengths of buckets are multiples of it: attention of 128 tokens takes half to three quarters of the time of 127
+STEP = 16  # long buckets are padded to multiples of it, where attention on CPUs is fastest
+LONG = 32  # tokens from which a bucket is long
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Padding:
     Attributes:
         buckets: the buckets.
         place_T: where each packed row lies among all places, one bucket after the other; None means in order.
-        lengths: rows per image where images differ and the host knows it.
+        lengths: rows per image, where the host knows them and images are so long that one call for each pays.
     """
 
     buckets: tuple[Bucket, ...]
@@ -81,7 +83,7 @@ def one_bucket(cu_B1: Int[Tensor, " B1"], image_T: Int[Tensor, " T"], longest: i
 
 
 def buckets_by_length(offsets: Sequence[int]) -> Padding:
-    """Images sorted by length into a few buckets (at most sqrt(B)), each padded to the next `STEP` from its longest image on."""
+    """Images sorted by length into a few buckets (at most sqrt(B)), each padded to its longest image, or a little more (`STEP`)."""
     offset_B1 = torch.tensor(offsets)
     length_B = offset_B1.diff()
     order_B = length_B.argsort(stable=True)
@@ -90,20 +92,21 @@ def buckets_by_length(offsets: Sequence[int]) -> Padding:
     for image_b in order_B.chunk(count):
         length_b, start_b = length_B[image_b, None], offset_B1[image_b, None]
         longest = max([1, *length_b[-1:].flatten().tolist()])  # one place at least: reductions over none are errors
-        step_L = torch.arange(-(-longest // STEP) * STEP)
+        step_L = torch.arange(longest if longest < LONG else -(-longest // STEP) * STEP)
         filled_bL = step_L < length_b
         row_bL = torch.where(filled_bL, start_b + step_L, start_b.clamp(max=max(0, offsets[-1] - 1)))
         place_T[row_bL[filled_bL]] = first + filled_bL.flatten().nonzero().squeeze(1)
         first += row_bL.numel()
         buckets.append(Bucket(row_bL, image_b, None if bool(filled_bL.all()) else filled_bL))
-    return Padding(tuple(buckets), place_T, tuple(length_B.tolist()))
+    long = offsets[-1] >= LONG * len(order_B) > 0
+    return Padding(tuple(buckets), place_T, tuple(length_B.tolist()) if long else None)
 
 
 def times_own_matrix(x_TD: Float[Tensor, "T D"], weight_BDH: Float[Tensor, "B D H"], padding: Padding) -> Float[Tensor, "T H"]:
     """Each row times the matrix of its image, in fp32 at least."""
     exact, out = torch.promote_types(x_TD.dtype, torch.float32), []
     with torch.autocast(x_TD.device.type, enabled=False):
-        if padding.lengths:  # one small product per image: moving rows would take longer
+        if padding.lengths is not None:  # one small product per image: moving rows would take longer
             parts = zip(x_TD.to(exact).split(padding.lengths), weight_BDH.to(exact), strict=True)
             return torch.cat([x_LD @ weight_DH for x_LD, weight_DH in parts])
         for x_bLD, bucket in zip(padding.spread(x_TD), padding.buckets, strict=True):
