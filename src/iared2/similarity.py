@@ -55,18 +55,18 @@ def nearest_better(cosines: Cosines, pairs: bool = False) -> Float[Tensor, " T"]
         pairs: a patch and its nearest better one are tied; -1 also where another tie at either end is as close. A patch is in one pair at
             most, so of patches that are all alike no more than half have a partner.
     """
-    found, layout = [], cosines.layout
-    each = zip(cosines.cosine_bLL, cosines.padding.spread(layout.is_patch_T), cosines.padding.buckets, strict=True)
-    for cosine_bLL, patch_bL, bucket in each:
+    layout, padding, near = cosines.layout, cosines.padding, []
+    for cosine_bLL in cosines.cosine_bLL:
         length = cosine_bLL.shape[-1]
         # Those that are better stand before; the others are moved out of reach.
-        near_bLL = cosine_bLL + cosine_bLL.new_full((length, length), -4.0).triu()
-        if pairs:
-            near_bL = _near_partner(near_bLL, patch_bL if bucket.filled_bL is None else patch_bL & bucket.filled_bL)
-        else:
-            near_bL = near_bLL.amax(-1)
-        found.append(near_bL.clamp(-1.0, 1.0))
-    return cosines.padding.collect(found).masked_fill(~layout.is_patch_T, -1.0)
+        near.append(cosine_bLL + cosine_bLL.new_full((length, length), -4.0).triu())
+    if pairs:
+        places = zip(padding.spread(layout.is_patch_T), padding.buckets, strict=True)
+        patches = [patch_bL if bucket.filled_bL is None else patch_bL & bucket.filled_bL for patch_bL, bucket in places]
+        found = [_near_partner(near_bLL, patch_bL) for near_bLL, patch_bL in zip(near, patches, strict=True)]
+    else:
+        found = [near_bLL.amax(-1) for near_bLL in near]
+    return padding.collect([near_bL.clamp(-1.0, 1.0) for near_bL in found]).masked_fill(~layout.is_patch_T, -1.0)
 
 
 def _near_partner(near_bLL: Float[Tensor, "_b _L _L"], patch_bL: Bool[Tensor, "_b _L"]) -> Float[Tensor, "_b _L"]:

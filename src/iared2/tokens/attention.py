@@ -4,7 +4,7 @@
 |---|---|
 | `uniform`  | all images have the same length by construction: one call of PyTorch's fused attention |
 | `varlen`   | CUDA in half precision: one call of the variable-length flash kernel |
-| `buckets`  | elsewhere: one fused call per bucket of images of similar length, padded to one (`padded`) |
+| `buckets`  | elsewhere: one fused call per bucket of images of similar length, padded to one length (`padded`) |
 | `masked`   | the readable reference: a block-diagonal mask over the whole pack, O(T^2) |
 
 Mass enters as log(mass) added to the scores of a key (ToMe, "proportional attention"). The variable-length

@@ -17,7 +17,7 @@ from torch import Tensor
 
 MOST_BUCKETS = 4
 STEP = 16  # long buckets are padded to multiples of it, where attention on CPUs is fastest
-LONG = 32  # tokens from which a bucket is long
+LONG = 32  # tokens from which on a bucket, or images on average, are long
 
 
 @dataclass(frozen=True)
