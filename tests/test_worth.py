@@ -93,6 +93,21 @@ def test_pairs_are_the_loops_whatever_is_level(kept, seed, prefix, apart, padded
         assert chance_T[patches].tolist() == pytest.approx(wanted, rel=1e-7, abs=1e-9)
 
 
+def test_half_precision_finds_the_pairs_of_full_precision():
+    """Ties that differ by less than bfloat16 can tell, on the path that models take."""
+    kept, draw = [list(range(12))] * 3, torch.Generator().manual_seed(0)
+    tokens = make_pack(kept, prefix=1, width=6, dtype=torch.float32)
+    tokens = tokens.with_x(1 + 0.02 * torch.randn(len(tokens.x_TD), 6, generator=draw))
+    reducer = ready(pairs=True).reducers[0]
+    score_T = torch.rand(len(tokens.x_TD), generator=draw)
+    wanted_T = reducer.judge(score_T, tokens, None).chance_T
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(reducer.judge(score_T, tokens, None).chance_T, wanted_T)
+    halved_T = reducer.judge(score_T, tokens.with_x(tokens.x_TD.bfloat16()), None).chance_T
+    rounded_T = reducer.judge(score_T, tokens.with_x(tokens.x_TD.bfloat16().float()), None).chance_T
+    torch.testing.assert_close(halved_T, rounded_T)
+
+
 def test_damage_shows_in_pairs_too():
     tokens = make_pack([[0, 1, 2, 3]], prefix=1, seed=0)
     feature_TF = tokens.x_TD.clone()

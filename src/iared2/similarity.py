@@ -3,6 +3,7 @@
 Whether a token is redundant and who carries it on are answered by the same products. A choice, so no gradient flows through.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,21 +31,29 @@ class Cosines:
 
 
 @torch.no_grad()
-def compare(features_TF: Float[Tensor, "T F"], layout: Layout, relevance_T: Float[Tensor, " T"] | None = None) -> Cosines:
+def compare(
+    features_TF: Float[Tensor, "T F"], layout: Layout, relevance_T: Float[Tensor, " T"] | None = None, exact: bool = False
+) -> Cosines:
     """Compares all tokens of each image.
 
     Args:
         relevance_T: if given, every image's patches are ordered by it, the most relevant first and of equals the earlier one;
             prefix tokens and padding come last.
+        exact: in 32 bits at least, whatever the features and autocast have.
     """
-    padding = layout.padding
+    padding, device = layout.padding, features_TF.device.type
     if relevance_T is not None:
         padding = _by_relevance(padding, relevance_T.masked_fill(~layout.is_patch_T, float("-inf")))
-    unit_TF, device = F.normalize(features_TF, dim=-1), features_TF.device.type
-    if unit_TF.dtype == torch.float32 and torch.is_autocast_enabled(device):  # the products would make two copies of what is padded
+    if exact:
+        features_TF = features_TF.to(torch.promote_types(features_TF.dtype, torch.float32))
+    unit_TF = F.normalize(features_TF, dim=-1)
+    if (
+        not exact and unit_TF.dtype == torch.float32 and torch.is_autocast_enabled(device)
+    ):  # the products would make two copies of what is padded
         unit_TF = unit_TF.to(torch.get_autocast_dtype(device))
     unit_bLF = padding.spread(unit_TF)
-    return Cosines(layout, padding, [unit @ unit.transpose(1, 2) for unit in unit_bLF])
+    with torch.autocast(device, enabled=False) if exact else nullcontext():
+        return Cosines(layout, padding, [unit @ unit.transpose(1, 2) for unit in unit_bLF])
 
 
 def nearest_better(cosines: Cosines, pairs: bool = False) -> Float[Tensor, " T"]:

@@ -14,8 +14,8 @@ the scale of the scores. `redundancy` and `offset` are learned by the same rewar
 A patch and its most similar better one are tied. With `pairs` a tie counts only if no other tie at either of its ends is as close
 (`similarity.nearest_better`), else s_i = -1: then every patch is in one pair at most, and at most half of a crowd is redundant at a
 time. Attention is a vote, and where nobody counts for what is gone (discard), a crowd of which one patch is left has lost its votes.
-Where tokens are merged their carrier votes for all, and pairs say no more. A tie that is closest by a hair is so by rounding: in half
-precision pairs are others than in full.
+Where tokens are merged their carrier votes for all, and pairs say no more. Which of two ties is the closer a few bits do not tell, so for
+pairs tokens are compared in 32 bits at least.
 """
 
 import torch
@@ -37,8 +37,8 @@ class WorthConfig(Settings):
     mass: bool = Field(True, description="count a token by the patches it stands for; without, what is left follows the scores' shape")
     pairs: bool | None = Field(
         None,
-        description="similarity counts within pairs alone, so that at most half of a crowd is redundant at a time; None: no, but a training "
-        "from scratch says yes where what is dropped is gone",
+        description="similarity counts within pairs alone, so that at most half of a crowd is redundant at a time; None: no, but a "
+        "training from scratch says yes where what is dropped is gone",
     )
     steepness: float = Field(4.0, gt=0, description="slope of chances: how fast a token's fate is settled around the threshold")
 

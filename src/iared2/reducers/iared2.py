@@ -68,7 +68,8 @@ class InterpreterReducer(Reducer):
         if self.worth is None:
             cosines = compare(features_TF, tokens.layout) if self._matches else None
             return Judged(score_T, score_T, cosines)
-        cosines = compare(features_TF, tokens.layout, self.worth.relevance(score_T, tokens).detach()) if self._compares else None
+        relevance_T, exact = self.worth.relevance(score_T, tokens).detach(), bool(self.worth.config.pairs)
+        cosines = compare(features_TF, tokens.layout, relevance_T, exact) if self._compares else None
         return Judged(score_T, self.worth(score_T, tokens, cosines), cosines)
 
     def apply_rule(self, rule: KeepRule, tokens: PackedTokens, judged: Judged) -> Reduction:
