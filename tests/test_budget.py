@@ -18,8 +18,10 @@ from iared2.cli import main
 from iared2.errors import ConfigError, DataError
 from iared2.evaluate.calibrate import Calibrator, _boundary
 from iared2.interpreter import InterpreterConfig
+from iared2.train.budget import reduced_for
 from iared2.train.feeds import open_feeds
 from iared2.train.recipes import find_recipe
+from iared2.train.together_settings import TogetherSettings
 from iared2.worth import WorthConfig
 
 
@@ -61,18 +63,18 @@ def test_the_curve_falls_with_depth(depth, between, how):
 
 
 def test_what_is_gone_for_good_goes_at_once():
-    """At one cost, the plain schedule without a hand-over leaves less after the first reduction and more after the last."""
+    """At one cost, the plain schedules without a hand-over leave less after the first reduction and more after the last."""
 
     def ratios(*how):
-        plain = curve(12, (3, 4, 5, 7, 9), True, *how)
+        plain = curve(12, (1, 3, 5, 7, 9), True, *how)
 
         def cost(ratios):
-            return (4 + sum(ratio * blocks for ratio, blocks in zip(ratios, (1, 1, 2, 2, 2), strict=True))) / 12
+            return (2 + sum(ratio * blocks for ratio, blocks in zip(ratios, (2, 2, 2, 2, 2), strict=True))) / 12
 
         return powered(plain, solve_power(cost, plain, 0.6))
 
     carried, gone, paired = ratios(True), ratios(False), ratios(False, True)
-    assert gone[0] < paired[0] < carried[0] and gone[-1] > carried[-1] and paired[-1] > carried[-1]
+    assert gone[0] < paired[0] < carried[0] and gone[-1] > paired[-1] > carried[-1]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,22 @@ def test_the_plain_schedule_follows_what_becomes_of_patches(on_drop, pairs, want
     reduced = model(on_drop=on_drop, worth=WorthConfig(pairs=pairs))
     places = [12 * (block + 1) // reduced.adapter.depth for block in reduced.config.first_blocks]
     assert calibrator(reduced).plain_curve() == pytest.approx([wanted[place] for place in places])
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, (3, 4, 5, 7, 9)),
+        ({"on_drop": "fuse"}, (3, 4, 5, 7, 9)),
+        ({"on_drop": "discard"}, (1, 3, 5, 7, 9)),
+        ({"on_drop": "discard", "worth": WorthConfig(pairs=False)}, (3, 4, 5, 7, 9)),
+        ({"on_drop": "discard", "worth": None}, (3, 4, 5, 7, 9)),
+        ({"on_drop": "discard", "blocks": (4, 8)}, (4, 8)),
+    ],
+)
+def test_crowds_are_thinned_early_where_what_is_dropped_is_gone(settings, wanted):
+    backbone = timm.create_model("deit_tiny_patch16_224", img_size=32)
+    assert reduced_for(TogetherSettings(**settings), backbone).config.first_blocks == wanted
 
 
 @given(st.floats(0.35, 0.95))

@@ -152,15 +152,48 @@ def test_pairs_without_comparing_are_refused():
         WorthConfig(pairs=True, redundancy=0.0)
 
 
+GONE = WorthConfig(pairs=True, comparing=2)
+
+
 @pytest.mark.parametrize(
-    ("asked", "on_drop", "found"), [(None, "discard", True), (None, "merge", None), (None, "fuse", None), (False, "discard", False)]
+    ("asked", "found"),
+    [
+        (WorthConfig(), GONE),
+        (WorthConfig(comparing=5), WorthConfig(pairs=True, comparing=5)),
+        (WorthConfig(pairs=False), WorthConfig(pairs=False)),
+        (WorthConfig(redundancy=0.0), WorthConfig(redundancy=0.0)),
+        (None, None),
+    ],
 )
-def test_training_asks_for_pairs_where_what_is_dropped_is_gone(asked, on_drop, found):
-    settings = TogetherSettings(on_drop=on_drop, worth=WorthConfig(pairs=asked))
-    assert reduced_for(settings, FAMILIES["deit"].build()).config.worth == WorthConfig(pairs=found)
-    assert reduced_for(TogetherSettings(on_drop="discard", worth=None), FAMILIES["deit"].build()).config.worth is None
-    bare = TogetherSettings(on_drop=on_drop, worth=WorthConfig(redundancy=0.0))
-    assert reduced_for(bare, FAMILIES["deit"].build()).config.worth == WorthConfig(redundancy=0.0)
+def test_training_chooses_what_nobody_has_set_where_what_is_dropped_is_gone(asked, found):
+    build = FAMILIES["deit"].build
+    assert reduced_for(TogetherSettings(on_drop="discard", worth=asked), build()).config.worth == found
+    for on_drop in ("merge", "fuse"):
+        assert reduced_for(TogetherSettings(on_drop=on_drop, worth=asked), build()).config.worth == asked
+
+
+@pytest.mark.parametrize("on_drop", ["discard", "merge"])
+def test_reductions_behind_those_that_compare_go_by_relevance_alone(on_drop):
+    model, everywhere, nowhere = (ready(on_drop=on_drop, **parts) for parts in ({"comparing": 1}, {}, {"redundancy": 0.0}))
+    assert [reducer.worth.compares for reducer in model.reducers] == [True, False, False]
+    pixels = FAMILIES["deit"].images(4)
+    with torch.no_grad():
+        state = model.walk_to(model.start(pixels), 0, reduce=())
+        for group, one_alike in enumerate((everywhere, nowhere, nowhere)):
+            state = model.walk_to(state, group, reduce=())
+            score_T = model.reducers[group].interpreter(state.tokens, state.class_TH)
+            found, wanted = (some.reducers[group].judge(score_T, state.tokens, state.key_THK) for some in (model, one_alike))
+            assert torch.equal(found.chance_T, wanted.chance_T)
+            other = (nowhere if group == 0 else everywhere).reducers[group].judge(score_T, state.tokens, state.key_THK)
+            assert not torch.equal(found.chance_T, other.chance_T)
+            state = model.reduce_with(state, group)
+
+
+def test_what_is_not_compared_costs_nothing():
+    model, everywhere, nowhere = (ready(on_drop="discard", **parts) for parts in ({"comparing": 1}, {}, {"redundancy": 0.0}))
+    for group, one_alike in enumerate((everywhere, nowhere, nowhere)):
+        assert model.reducers[group].macs(12, 7) == one_alike.reducers[group].macs(12, 7)
+    assert everywhere.reducers[1].macs(12, 7) > nowhere.reducers[1].macs(12, 7)
 
 
 def test_pairs_decide_what_a_model_drops():
@@ -283,11 +316,11 @@ def test_an_image_is_answered_the_same_alone_and_in_company(place):
             torch.testing.assert_close(model(pixels[index : index + 1])[0], together[index], rtol=1e-4, atol=1e-5)
 
 
-def ready(place: str = "between", on_drop: str = "merge", pairs: bool | None = None) -> iared2.ReducedTransformer:
-    """A model that drops different patches in different images."""
+def ready(place: str = "between", on_drop: str = "merge", **parts: bool | float | None) -> iared2.ReducedTransformer:
+    """A model that drops different patches in different images. `parts` are `WorthConfig`'s."""
     interpreter = InterpreterConfig(policy="class", context=True)
     torch.manual_seed(0)
-    worth = WorthConfig(pairs=pairs)
+    worth = WorthConfig(**parts)
     model = iared2.reduce(FAMILIES["deit"].build(), (1, 2, 3), interpreter=interpreter, worth=worth, place=place, on_drop=on_drop)
     for reducer in model.reducers:
         torch.nn.init.normal_(reducer.interpreter.query.weight, std=0.7)
@@ -295,9 +328,9 @@ def ready(place: str = "between", on_drop: str = "merge", pairs: bool | None = N
     return model.eval()
 
 
-@pytest.mark.parametrize("pairs", [None, True])
-def test_saved_and_loaded_it_is_the_same(tmp_path, pairs):
-    model, pixels = ready(pairs=pairs), FAMILIES["deit"].images(3)
+@pytest.mark.parametrize("parts", [{}, {"pairs": True}, {"pairs": True, "comparing": 1, "redundancy": 0.4}])
+def test_saved_and_loaded_it_is_the_same(tmp_path, parts):
+    model, pixels = ready(**parts), FAMILIES["deit"].images(3)
     model.save_pretrained(tmp_path)
     again = iared2.load_reduced(tmp_path, backbone=FAMILIES["deit"].build())
     assert again.config == model.config and again.config.place == "between" and again.config.worth is not None

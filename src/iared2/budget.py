@@ -17,8 +17,9 @@ CURVE = (1.0, 1.0, 1.0, 0.98, 0.77, 0.52, 0.39, 0.31, 0.25, 0.20, 0.16, 0.13, 0.
 # The same where no kept patch stands for what is dropped. A patch that is gone is then missed by all blocks that follow alike: what can
 # go at all goes at once, and the others stay long.
 CURVE_OF_THE_GONE = (0.54, 0.53, 0.52, 0.51, 0.50, 0.49, 0.48, 0.44, 0.40, 0.35, 0.30, 0.27, 0.24)
-# The same where patches are redundant in pairs alone (`worth`), so that not all that can go can go at once.
-CURVE_IN_PAIRS = (0.74, 0.70, 0.66, 0.62, 0.57, 0.495, 0.46, 0.43, 0.395, 0.35, 0.31, 0.28, 0.25)
+# The same where patches are redundant in pairs alone (`worth`): crowds are thinned early, for which likeness is enough; what is no
+# evidence goes as soon as that is known, and little goes afterwards.
+CURVE_IN_PAIRS = (1.0, 0.88, 0.74, 0.57, 0.42, 0.39, 0.365, 0.34, 0.318, 0.29, 0.265, 0.24, 0.21)
 
 LARGEST = 12.0  # power of a schedule; beyond it next to nothing is left
 

@@ -74,7 +74,7 @@ class ReducedTransformer(TimmSurface, ModelHubMixin):
         for group in range(len(config.first_blocks)):
             interpreter = Interpreter(self.adapter.width, heads, config.interpreter).to(device)
             rule = config.keep_rule(group, self.adapter.needs_patch)
-            worth = None if config.worth is None else Worth(config.worth).to(device)
+            worth = None if config.worth is None else Worth(config.worth.of_group(group)).to(device)
             self.reducers.append(InterpreterReducer(interpreter, rule, config.on_drop, worth, config.merging))
         self.config = config
         self.labels: list[str] | None = None  # class names, where the model knows them

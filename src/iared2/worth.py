@@ -14,7 +14,8 @@ the scale of the scores. `redundancy` and `offset` are learned by the same rewar
 A patch and its most similar better one are tied. With `pairs` a tie counts only if no other tie at either of its ends is as close
 (`similarity.nearest_better`), else s_i = -1: then every patch is in one pair at most, and at most half of a crowd is redundant at a
 time. Attention is a vote, and where nobody counts for what is gone (discard), a crowd of which one patch is left has lost its votes.
-Where tokens are merged their carrier votes for all, and pairs say no more. Which of two ties is the closer a few bits do not tell, so for
+Where tokens are merged their carrier votes for all, and pairs say no more. With `comparing` only the first few reductions look at s_i at
+all, so that crowds are thinned once and their votes stay in proportion. Which of two ties is the closer a few bits do not tell, so for
 pairs tokens are compared in 32 bits at least.
 """
 
@@ -26,6 +27,10 @@ from torch import Tensor, nn
 from iared2.settings import Settings
 from iared2.similarity import Cosines, nearest_better
 from iared2.tokens.packed import PackedTokens, sum_of_patches
+
+# Where nothing is handed over crowds are thinned by pairs, and in the first two reductions alone: what is left of a crowd after these
+# says by its number how much of it there is.
+OF_THE_GONE = {"pairs": True, "comparing": 2}
 
 _LEAST = 1e-6  # of a relevance or a distance, so that logarithms stay finite
 
@@ -40,6 +45,12 @@ class WorthConfig(Settings):
         description="similarity counts within pairs alone, so that at most half of a crowd is redundant at a time; None: no, but a "
         "training from scratch says yes where what is dropped is gone",
     )
+    comparing: int | None = Field(
+        None,
+        ge=1,
+        description="how many reductions, from the first, look at similarity; the others go by relevance alone. None: all, but a training "
+        "from scratch with pairs says two",
+    )
     steepness: float = Field(4.0, gt=0, description="slope of chances: how fast a token's fate is settled around the threshold")
 
     @model_validator(mode="after")
@@ -49,8 +60,15 @@ class WorthConfig(Settings):
         return self
 
     def for_training(self, gone: bool) -> "WorthConfig":
-        """These settings, with pairs where what is dropped is gone and nobody has said otherwise."""
-        return self.model_copy(update={"pairs": True}) if gone and self.pairs is None and self.redundancy else self
+        """These settings, with what nobody has set chosen for patches that are gone for good when they are dropped, if they are."""
+        if not gone or self.pairs is False or not self.redundancy:
+            return self
+        return self.model_copy(update={name: value for name, value in OF_THE_GONE.items() if getattr(self, name) is None})
+
+    def of_group(self, group: int) -> "WorthConfig":
+        """The settings of one reduction, counted from 0."""
+        compares = self.comparing is None or group < self.comparing
+        return self if compares else self.model_copy(update={"redundancy": 0.0, "pairs": False})
 
 
 class Worth(nn.Module):
