@@ -147,9 +147,17 @@ def test_the_closest_two_are_a_pair_and_a_third_is_not_redundant_for_their_sake(
     assert every_T[3] == pytest.approx(float(torch.tensor(0.2).cos()), abs=1e-6)
 
 
-def test_pairs_without_comparing_are_refused():
-    with pytest.raises(ValueError, match="with redundancy=0 nothing is compared; leave pairs out"):
-        WorthConfig(pairs=True, redundancy=0.0)
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [
+        ({"pairs": True}, "pairs: got true"),
+        ({"comparing": 2}, "comparing: got 2"),
+        ({"pairs": True, "comparing": 2}, "pairs: got true, comparing: got 2"),
+    ],
+)
+def test_what_would_do_nothing_without_redundancy_is_refused(parts, named):
+    with pytest.raises(ValueError, match=f"{named}, but with redundancy=0 nothing is compared; leave that out, or raise redundancy"):
+        WorthConfig(redundancy=0.0, **parts)
 
 
 GONE = WorthConfig(pairs=True, comparing=2)

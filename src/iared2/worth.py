@@ -54,9 +54,11 @@ class WorthConfig(Settings):
     steepness: float = Field(4.0, gt=0, description="slope of chances: how fast a token's fate is settled around the threshold")
 
     @model_validator(mode="after")
-    def _pairs_are_compared(self) -> "WorthConfig":
-        if self.pairs and not self.redundancy:
-            raise ValueError("pairs: got true, but with redundancy=0 nothing is compared; leave pairs out, or raise redundancy")
+    def _what_is_set_is_done(self) -> "WorthConfig":
+        named = [f"{name}: got {str(value).lower()}" for name, value in (("pairs", self.pairs), ("comparing", self.comparing)) if value]
+        if named and not self.redundancy:
+            out = ", ".join(named)
+            raise ValueError(f"{out}, but with redundancy=0 nothing is compared; leave that out, or raise redundancy")
         return self
 
     def for_training(self, gone: bool) -> "WorthConfig":
