@@ -229,7 +229,7 @@ def family(method: str) -> str:
 def plot(rows: list[dict], path: Path) -> None:
     """KL and the difference in top-1 against what is saved; bars are 95 % intervals."""
     mpl.use("Agg")
-    drawn, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=100)
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4), dpi=100)
     for number, name in enumerate(dict.fromkeys(family(r["method"]) for r in rows if r["saved"] > 0)):
         mine = sorted((r for r in rows if family(r["method"]) == name and r["saved"] > 0), key=lambda r: r["saved"])
         saved, look = [r["saved"] for r in mine], {"color": f"C{number}", "marker": "o", "markersize": 3, "capsize": 2, "label": name}
@@ -240,7 +240,7 @@ def plot(rows: list[dict], path: Path) -> None:
     right.axhline(0, color="k", linewidth=0.5)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    right.legend(fontsize=7)
+    right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))  # beside the bars, not on them
     drawn.tight_layout()
     drawn.savefig(path)
 
