@@ -77,9 +77,32 @@ def test_what_is_gone_for_good_goes_at_once():
     assert gone[0] < paired[0] < carried[0] and gone[-1] > paired[-1] > carried[-1]
 
 
+def test_crowds_are_thinned_first_and_most_goes_when_evidence_is_known():
+    """In pairs little goes in block 1, most in block 3 and little afterwards; the other schedules differ in just that."""
+    blocks = (1, 3, 5, 7, 9)
+    carried, gone, paired = (curve(12, blocks, True, *how) for how in ((True, False), (False, False), (False, True)))
+    steps = [before - after for before, after in zip((1.0, *paired), paired, strict=False)]
+    assert max(steps) == steps[1] and steps[0] > sum(steps[2:])
+    assert carried[0] > paired[0] > gone[0] and carried[1] > paired[1]
+    assert curve(12, blocks, True, True, True) == carried  # a hand-over counts for crowds, whatever pairs say
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_discarding_can_begin_at_the_first_block(between):
+    assert all(ratio < 1 for ratio in curve(12, range(12), between, False, True))
+
+
 @pytest.mark.parametrize(
     ("on_drop", "pairs", "wanted"),
-    [("merge", None, CURVE), ("fuse", None, CURVE_OF_THE_GONE), ("discard", False, CURVE_OF_THE_GONE), ("discard", True, CURVE_IN_PAIRS)],
+    [
+        ("merge", None, CURVE),
+        ("merge", True, CURVE),
+        ("fuse", None, CURVE_OF_THE_GONE),
+        ("fuse", True, CURVE_OF_THE_GONE),
+        ("discard", False, CURVE_OF_THE_GONE),
+        ("discard", None, CURVE_OF_THE_GONE),
+        ("discard", True, CURVE_IN_PAIRS),
+    ],
 )
 def test_the_plain_schedule_follows_what_becomes_of_patches(on_drop, pairs, wanted):
     reduced = model(on_drop=on_drop, worth=WorthConfig(pairs=pairs))
@@ -92,7 +115,10 @@ def test_the_plain_schedule_follows_what_becomes_of_patches(on_drop, pairs, want
     [
         ({}, (3, 4, 5, 7, 9)),
         ({"on_drop": "fuse"}, (3, 4, 5, 7, 9)),
+        ({"worth": WorthConfig(pairs=True)}, (3, 4, 5, 7, 9)),
+        ({"on_drop": "fuse", "worth": WorthConfig(pairs=True)}, (3, 4, 5, 7, 9)),
         ({"on_drop": "discard"}, (1, 3, 5, 7, 9)),
+        ({"on_drop": "discard", "worth": WorthConfig(pairs=True, comparing=5)}, (1, 3, 5, 7, 9)),
         ({"on_drop": "discard", "worth": WorthConfig(pairs=False)}, (3, 4, 5, 7, 9)),
         ({"on_drop": "discard", "worth": None}, (3, 4, 5, 7, 9)),
         ({"on_drop": "discard", "blocks": (4, 8)}, (4, 8)),
@@ -167,6 +193,20 @@ def test_settled_thresholds_are_one_half_and_answers_stay():
     found.settle()
     assert reduced.threshold == 0.5
     torch.testing.assert_close(reduced(images), before)
+
+
+def test_settling_takes_thresholds_off_the_knife_edge():
+    """Where nearly all chances lie at 1, thresholds that divide them do too, and 0.01 more drops nearly everything."""
+    reduced = model(worth=WorthConfig())
+    for reducer in reduced.reducers:
+        reducer.worth.offset.data.fill_(-3.0)
+    found = calibrator(reduced)
+    found.at(found.plain_curve(), 1.0)  # thresholds that tell more than those that keep everything
+    sharp = found.to_share(0.7)
+    settled = found.settled(sharp)
+    assert sharp.slope < -0.1 and settled.slope > -0.02
+    assert settled.thresholds == (0.5,) * len(reduced.reducers)
+    assert settled.share == pytest.approx(sharp.share, abs=0.002) and settled.agreement == pytest.approx(sharp.agreement, abs=2)
 
 
 def test_a_disagreement_is_kept_to_as_cheaply_as_can_be():
@@ -351,7 +391,9 @@ def test_a_plain_folder_and_a_budget_make_a_model_that_eval_takes(plain, tmp_pat
     assert main(["calibrate", "--model", str(out), "--data", str(plain / "photos"), *wish]) == 0
     said = capsys.readouterr()
     assert "of the dense multiply-adds" in said.out and "a few hundred are wanted" in " ".join(said.err.split())
-    assert iared2.load_reduced(tmp_path / "c").config.thresholds != reduced.config.thresholds
+    again = iared2.load_reduced(tmp_path / "c")
+    assert again.threshold == 0.5  # settled: what differs is what chances are measured from
+    assert all(not torch.equal(one.worth.offset, other.worth.offset) for one, other in zip(again.reducers, reduced.reducers, strict=True))
 
 
 BLOCKS_ALONE = ("together.imitation_epochs=0", "together.walk_epochs=0", "together.block_epochs=1", "together.block_optim.lr=1e-2")

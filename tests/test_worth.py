@@ -167,6 +167,7 @@ GONE = WorthConfig(pairs=True, comparing=2)
     ("asked", "found"),
     [
         (WorthConfig(), GONE),
+        (WorthConfig(pairs=True), GONE),
         (WorthConfig(comparing=5), WorthConfig(pairs=True, comparing=5)),
         (WorthConfig(pairs=False), WorthConfig(pairs=False)),
         (WorthConfig(redundancy=0.0), WorthConfig(redundancy=0.0)),
@@ -180,9 +181,10 @@ def test_training_chooses_what_nobody_has_set_where_what_is_dropped_is_gone(aske
         assert reduced_for(TogetherSettings(on_drop=on_drop, worth=asked), build()).config.worth == asked
 
 
-@pytest.mark.parametrize("on_drop", ["discard", "merge"])
-def test_reductions_behind_those_that_compare_go_by_relevance_alone(on_drop):
-    model, everywhere, nowhere = (ready(on_drop=on_drop, **parts) for parts in ({"comparing": 1}, {}, {"redundancy": 0.0}))
+@pytest.mark.parametrize(("on_drop", "pairs"), [("discard", None), ("discard", True), ("merge", None)])
+def test_reductions_behind_those_that_compare_go_by_relevance_alone(on_drop, pairs):
+    kinds = ({"comparing": 1, "pairs": pairs}, {"pairs": pairs}, {"redundancy": 0.0})
+    model, everywhere, nowhere = (ready(on_drop=on_drop, **parts) for parts in kinds)
     assert [reducer.worth.compares for reducer in model.reducers] == [True, False, False]
     pixels = FAMILIES["deit"].images(4)
     with torch.no_grad():
@@ -195,6 +197,16 @@ def test_reductions_behind_those_that_compare_go_by_relevance_alone(on_drop):
             other = (nowhere if group == 0 else everywhere).reducers[group].judge(score_T, state.tokens, state.key_THK)
             assert not torch.equal(found.chance_T, other.chance_T)
             state = model.reduce_with(state, group)
+
+
+@pytest.mark.parametrize("comparing", [0, -1, True, 2.0, "2"])
+def test_how_many_compare_is_a_whole_number_from_one(comparing):
+    with pytest.raises(ValueError, match="comparing"):
+        WorthConfig(comparing=comparing)
+
+
+def test_more_that_compare_than_there_are_is_all():
+    assert all(reducer.worth.compares for reducer in ready(comparing=9).reducers)
 
 
 def test_what_is_not_compared_costs_nothing():

@@ -19,7 +19,7 @@ CURVE = (1.0, 1.0, 1.0, 0.98, 0.77, 0.52, 0.39, 0.31, 0.25, 0.20, 0.16, 0.13, 0.
 CURVE_OF_THE_GONE = (0.54, 0.53, 0.52, 0.51, 0.50, 0.49, 0.48, 0.44, 0.40, 0.35, 0.30, 0.27, 0.24)
 # The same where patches are redundant in pairs alone (`worth`): crowds are thinned early, for which likeness is enough; what is no
 # evidence goes as soon as that is known, and little goes afterwards.
-CURVE_IN_PAIRS = (1.0, 0.88, 0.74, 0.57, 0.42, 0.39, 0.365, 0.34, 0.318, 0.29, 0.265, 0.24, 0.21)
+CURVE_IN_PAIRS = (0.96, 0.88, 0.74, 0.57, 0.42, 0.39, 0.365, 0.34, 0.318, 0.29, 0.265, 0.24, 0.21)
 
 LARGEST = 12.0  # power of a schedule; beyond it next to nothing is left
 
@@ -68,15 +68,15 @@ def parse_budget(text: str) -> Budget:
     return Budget("share" if kind == "share" else "macs", float(match[1]) * factor)
 
 
-def curve(depth: int, blocks: Sequence[int], between: bool, merges: bool = True, pairs: bool = False) -> tuple[float, ...]:
+def curve(depth: int, blocks: Sequence[int], between: bool, merges: bool = True, thinned: bool = False) -> tuple[float, ...]:
     """The plain schedule at these blocks of a backbone of `depth` blocks, read off at each block's relative depth.
 
     Args:
         between: whether patches are dropped between the halves of the blocks.
         merges: whether dropped patches are merged into similar kept ones (`CURVE`), or gone, or in one summary (`CURVE_OF_THE_GONE`).
-        pairs: whether those that are gone are redundant in pairs alone (`CURVE_IN_PAIRS`).
+        thinned: whether those that are gone are redundant in pairs alone (`worth.thins`, `CURVE_IN_PAIRS`).
     """
-    gone, ratios = CURVE_IN_PAIRS if pairs else CURVE_OF_THE_GONE, []
+    gone, ratios = CURVE_IN_PAIRS if thinned else CURVE_OF_THE_GONE, []
     known = CURVE if merges else gone
     for block in blocks:
         place = (block + 1 if between else block) * (len(known) - 1) / depth

@@ -48,8 +48,9 @@ class WorthConfig(Settings):
     comparing: int | None = Field(
         None,
         ge=1,
-        description="how many reductions, from the first, look at similarity; the others go by relevance alone. None: all, but a training "
-        "from scratch with pairs says two",
+        strict=True,  # else `true` would count as 1
+        description="how many reductions, from the first, look at similarity, if there are as many; the others go by relevance alone. "
+        "None: all, but a training from scratch says two where what is dropped is gone and pairs are not refused",
     )
     steepness: float = Field(4.0, gt=0, description="slope of chances: how fast a token's fate is settled around the threshold")
 
@@ -71,6 +72,11 @@ class WorthConfig(Settings):
         """The settings of one reduction, counted from 0."""
         compares = self.comparing is None or group < self.comparing
         return self if compares else self.model_copy(update={"redundancy": 0.0, "pairs": False})
+
+
+def thins(worth: WorthConfig | None, gone: bool) -> bool:
+    """Whether crowds are thinned: their patches are redundant in pairs, and those that are dropped are `gone`, counted for by nobody."""
+    return gone and worth is not None and bool(worth.pairs)
 
 
 class Worth(nn.Module):

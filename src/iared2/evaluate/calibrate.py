@@ -26,6 +26,7 @@ from iared2.evaluate.judge import finite
 from iared2.evaluate.machine import synchronise
 from iared2.keep import Threshold
 from iared2.model import ReducedTransformer, margin
+from iared2.worth import thins
 
 logger = logging.getLogger("iared2.evaluate")
 
@@ -140,8 +141,8 @@ class Calibrator:
     def plain_curve(self) -> tuple[float, ...]:
         """The plain schedule at this model's reductions."""
         config = self.model.config
-        pairs = config.worth is not None and bool(config.worth.pairs)
-        return curve(self.model.adapter.depth, config.first_blocks, config.place == "between", config.on_drop == "merge", pairs)
+        how = (config.on_drop == "merge", thins(config.worth, gone=config.on_drop == "discard"))
+        return curve(self.model.adapter.depth, config.first_blocks, config.place == "between", *how)
 
     def around(self, share: float, parts: Sequence[float]) -> Iterator[Expectation]:
         """What thresholds for budgets around `share` would do, as far as they can be reached; leaves the model at the last."""
@@ -338,6 +339,15 @@ class Calibrator:
                 reducer.worth.offset.add_(logit / reducer.worth.config.steepness)
                 each[group] = 0.5
         self.model.threshold = tuple(each)
+
+    def settled(self, met: Expectation) -> Expectation:
+        """What was met, with chances moved so that its thresholds are one half; measured anew, slope included.
+
+        Far from one half, where chances crowd at 0 or 1, a threshold a little higher may cost a fifth of the model: a knife edge.
+        """
+        self.settle()
+        self.choose_margin()
+        return replace(self.with_slope(self.measure()), milliseconds=met.milliseconds)
 
     def at(self, family: Sequence[float], power: float) -> Expectation:
         """A schedule on these pictures, and the margin that goes with it."""

@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from iared2.train.feeds import Feeds
 from iared2.train.together import FineTuneTask, ImitationTask, Memory, WalkTask
 from iared2.train.together_settings import TogetherSettings
 from iared2.train.trainer import Batches, RunSettings, Stage, Task, Trainer
+from iared2.worth import thins
 
 logger = logging.getLogger("iared2.train")
 
@@ -45,10 +46,11 @@ class Outcome:
 def reduced_for(settings: TogetherSettings, backbone: nn.Module) -> ReducedTransformer:
     """The untrained reduced model; what the backbone cannot do is left out, and said."""
     adapter = adapt(backbone)
-    worth = settings.worth and settings.worth.for_training(gone=settings.on_drop == "discard")
+    gone = settings.on_drop == "discard"
+    worth = settings.worth and settings.worth.for_training(gone)
     blocks = settings.blocks
     if blocks is None:
-        places = PLACES_IN_PAIRS if settings.on_drop == "discard" and worth is not None and worth.pairs else PLACES
+        places = PLACES_IN_PAIRS if thins(worth, gone) else PLACES
         blocks = tuple(sorted({min(adapter.depth - 1, max(1, int(adapter.depth * place + 1e-9))) for place in places}))
     interpreter, place = settings.interpreter, settings.place
     if place == "between" and not all(adapter.splits[block] for block in blocks if block < adapter.depth):
@@ -102,9 +104,7 @@ def train_together(
         calibrator.thresholds_for(ratios)
         around = tuple(calibrator.around(share, AROUND))
         met = calibrator.meet(budget, nearest=True)  # a training is not thrown away because a time came out otherwise
-        calibrator.settle()
-        calibrator.choose_margin()
-        expected = replace(calibrator.with_slope(calibrator.measure()), milliseconds=met.milliseconds)
+        expected = calibrator.settled(met)
     return Outcome(model, expected, around)
 
 

@@ -34,7 +34,7 @@ class TogetherSettings(Settings):
     start: str | None = Field(
         None, min_length=1, description="a reduced model to go on from (embedded name, folder or hub id); None: new interpreters"
     )
-    blocks: tuple[Whole, ...] | None = Field(None, description="blocks that reduce; None: five, the last at 3/4 of the depth")
+    blocks: tuple[Whole, ...] | None = Field(None, description="blocks that reduce; None: up to five, the last at 3/4 of the depth")
     place: Literal["before", "between"] = Field("between", description="before those blocks, or between their halves")
     interpreter: InterpreterConfig = InterpreterConfig(policy="class", context=True, init_score=0.2)
     worth: WorthConfig | None = WorthConfig()
