@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import timm
@@ -203,10 +204,29 @@ def test_settling_takes_thresholds_off_the_knife_edge():
     found = calibrator(reduced)
     found.at(found.plain_curve(), 1.0)  # thresholds that tell more than those that keep everything
     sharp = found.to_share(0.7)
-    settled = found.settled(sharp)
+    settled = found.settled(lambda: sharp)
     assert sharp.slope < -0.1 and settled.slope > -0.02
     assert settled.thresholds == (0.5,) * len(reduced.reducers)
     assert settled.share == pytest.approx(sharp.share, abs=0.002) and settled.agreement == pytest.approx(sharp.agreement, abs=2)
+
+
+def test_where_chances_are_told_apart_no_more_the_budget_is_met_all_the_same():
+    reduced = model(worth=WorthConfig())
+    for reducer in reduced.reducers:
+        reducer.worth.offset.data.fill_(-5.0)
+    found = calibrator(reduced)
+    found.at(found.plain_curve(), 1.0)
+    settled = found.settled(lambda: found.to_share(0.7))
+    assert settled.share == pytest.approx(0.7, abs=0.01) and settled.slope > -0.02 and settled.thresholds == (0.5,) * 3
+
+
+def test_settling_keeps_what_was_met():
+    without = calibrator(model(worth=None))
+    met = without.to_share(0.7)
+    assert without.settled(lambda: met) == met  # nothing to move
+    again = Calibrator(model(), list(FAMILIES["deit"].images(64).split(16)), second_look=0.25)
+    settled = again.settled(lambda: replace(again.to_share(0.8), milliseconds=3.0))
+    assert settled.milliseconds == 3.0 and settled.again == pytest.approx(25) and settled.share == pytest.approx(0.8, abs=0.02)
 
 
 def test_a_disagreement_is_kept_to_as_cheaply_as_can_be():

@@ -9,7 +9,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -34,6 +34,7 @@ POWERS = (12.0, 8.0, 6.0, 4.5, 3.5, 3.0, 2.5, 2.0, 1.7, 1.4, 1.2, 1.0, 0.8, 0.6,
 ENOUGH = 50  # pictures, below which a calibration is taken with a grain of salt
 FAR = 0.02  # share of the dense multiply-adds that is worth a warning
 FAR_IN_TIME = 0.05  # the same of a time, as a part of it
+CROWDED = 1e-4  # distance from 0 or 1 at which single precision tells few chances apart
 TOLERANCE = 0.002  # share of the dense multiply-adds at which a schedule is near enough
 
 
@@ -340,14 +341,19 @@ class Calibrator:
                 each[group] = 0.5
         self.model.threshold = tuple(each)
 
-    def settled(self, met: Expectation) -> Expectation:
-        """What was met, with chances moved so that its thresholds are one half; measured anew, slope included.
+    def settled(self, aim: Callable[[], Expectation]) -> Expectation:
+        """What `aim` meets, with chances moved (where there is a worth) so that thresholds are one half; measured anew, slope included.
 
-        Far from one half, where chances crowd at 0 or 1, a threshold a little higher may cost a fifth of the model: a knife edge.
+        Far from one half, where chances crowd at 0 or 1, a threshold a little higher may cost a fifth of the model: a knife edge. Where
+        they crowd so that few can be told apart, `aim` is taken once more from where they can.
         """
+        met = aim()
+        if any(not CROWDED < value < 1 - CROWDED for value in met.thresholds):
+            self.settle()
+            met = aim()
         self.settle()
         self.choose_margin()
-        return replace(self.with_slope(self.measure()), milliseconds=met.milliseconds)
+        return replace(self._with_slope(self.measure()), milliseconds=met.milliseconds)
 
     def at(self, family: Sequence[float], power: float) -> Expectation:
         """A schedule on these pictures, and the margin that goes with it."""
@@ -380,6 +386,9 @@ class Calibrator:
         if abs(expected.again / 100 - self.second_look) > FAR:
             level = "asked for a second look at %.1f %% of the pictures, and it is %.1f %%: the margins of many are the same"
             logger.warning(level, 100 * self.second_look, expected.again)
+        return self._with_slope(expected)
+
+    def _with_slope(self, expected: Expectation) -> Expectation:
         self.model.threshold = tuple(value + 0.01 for value in expected.thresholds)
         slope = self.measure().share - expected.share
         self.model.threshold = expected.thresholds

@@ -74,8 +74,9 @@ def run_calibration(model: str, data: Path, output: Path, wish: Wish, options: C
     batches = make_batches(pictures, eval_preprocess(reduced), options.batch_size, options.seed, train=False, workers=options.workers)
     with precision(place, options.dtype), torch.no_grad():
         calibrator = Calibrator(reduced, [batch["images"].to(place) for batch in batches.epoch(0)], second_look=wish.second_look)
-        met = calibrator.meet(budget) if budget is not None else calibrator.to_disagreement(wish.disagreement or 0.0)
-        expected = calibrator.settled(met)
+        expected = calibrator.settled(
+            lambda: calibrator.meet(budget) if budget is not None else calibrator.to_disagreement(wish.disagreement or 0.0)
+        )
     save_reduced(reduced, output)
     calibrator.warn_of_few()
     Console().print(

@@ -26,7 +26,7 @@ from iared2.worth import thins
 logger = logging.getLogger("iared2.train")
 
 CALIBRATE_ON = 512  # pictures at most
-# Where patches are dropped by default, in parts of the depth: blocks 3, 4, 5, 7 and 9 of 12. More places mean more deciding, and gave
+# Where patches are dropped by default, in parts of the depth, if they are handed over: blocks 3, 4, 5, 7 and 9 of 12. More places mean more deciding, and gave
 # answers no nearer to the dense model's.
 PLACES = (3 / 12, 4 / 12, 5 / 12, 7 / 12, 9 / 12)
 # The same where what is dropped is gone, and redundant in pairs alone: crowds are thinned before much is known of evidence.
@@ -47,10 +47,10 @@ def reduced_for(settings: TogetherSettings, backbone: nn.Module) -> ReducedTrans
     """The untrained reduced model; what the backbone cannot do is left out, and said."""
     adapter = adapt(backbone)
     gone = settings.on_drop == "discard"
-    worth = settings.worth and settings.worth.for_training(gone)
+    worth = settings.worth and settings.worth.for_training(gone=gone)
     blocks = settings.blocks
     if blocks is None:
-        places = PLACES_IN_PAIRS if thins(worth, gone) else PLACES
+        places = PLACES_IN_PAIRS if thins(worth, gone=gone) else PLACES
         blocks = tuple(sorted({min(adapter.depth - 1, max(1, int(adapter.depth * place + 1e-9))) for place in places}))
     interpreter, place = settings.interpreter, settings.place
     if place == "between" and not all(adapter.splits[block] for block in blocks if block < adapter.depth):
@@ -103,8 +103,8 @@ def train_together(
         calibrator.warn_of_few()
         calibrator.thresholds_for(ratios)
         around = tuple(calibrator.around(share, AROUND))
-        met = calibrator.meet(budget, nearest=True)  # a training is not thrown away because a time came out otherwise
-        expected = calibrator.settled(met)
+        # The nearest: a training is not thrown away because a time came out otherwise.
+        expected = calibrator.settled(lambda: calibrator.meet(budget, nearest=True))
     return Outcome(model, expected, around)
 
 
