@@ -26,8 +26,8 @@ from iared2.worth import thins
 logger = logging.getLogger("iared2.train")
 
 CALIBRATE_ON = 512  # pictures at most
-# Where patches are dropped by default, in parts of the depth, if they are handed over: blocks 3, 4, 5, 7 and 9 of 12. More places mean more deciding, and gave
-# answers no nearer to the dense model's.
+# Where patches are dropped by default if they are handed over, in parts of the depth: blocks 3, 4, 5, 7 and 9 of 12. More places mean
+# more deciding, and gave answers no nearer to the dense model's.
 PLACES = (3 / 12, 4 / 12, 5 / 12, 7 / 12, 9 / 12)
 # The same where what is dropped is gone, and redundant in pairs alone: crowds are thinned before much is known of evidence.
 PLACES_IN_PAIRS = (1 / 12, 3 / 12, 5 / 12, 7 / 12, 9 / 12)
