@@ -142,8 +142,9 @@ class Calibrator:
     def plain_curve(self) -> tuple[float, ...]:
         """The plain schedule at this model's reductions."""
         config = self.model.config
-        how = (config.on_drop == "merge", thins(config.worth, gone=config.on_drop == "discard"))
-        return curve(self.model.adapter.depth, config.first_blocks, config.place == "between", *how)
+        thinned = thins(config.worth, gone=config.on_drop == "discard")
+        between, merges = config.place == "between", config.on_drop == "merge"
+        return curve(self.model.adapter.depth, config.first_blocks, between, merges, thinned)
 
     def around(self, share: float, parts: Sequence[float]) -> Iterator[Expectation]:
         """What thresholds for budgets around `share` would do, as far as they can be reached; leaves the model at the last."""
